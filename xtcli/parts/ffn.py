@@ -1,0 +1,59 @@
+"""Feed-forwards: each position on its own, (B, T, D) -> (B, T, D).
+
+    mlp    down(act(up(x)))                      Vaswani et al. 2017, arXiv:1706.03762
+    glu    down(act(gate(x)) * up(x))            Shazeer 2020, arXiv:2002.05202
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from xtcli.parts.activations import ACTIVATIONS, Activation
+from xtcli.parts.context import Ctx
+from xtcli.parts.linear import Linear
+from xtcli.parts.scope import Scope
+from xtcli.registry import Config, field, part
+
+
+class FeedForward(nn.Module):
+    """What all feed-forwards share: no state between calls."""
+
+    class Config(Config):
+        """A feed-forward network."""
+
+        hidden: int = field("inner width", gt=0, tiny=256)
+        act: Activation = field("activation", "gelu")
+        bias: bool = field("adds biases to all its linear layers", True)
+        dropout: float = field("dropout on the inner activations", 0.0, ge=0, lt=1)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.up = Linear(scope.dim, config.hidden, config.bias)
+        self.down = Linear(config.hidden, scope.dim, config.bias, "output")
+        self.act = ACTIVATIONS[config.act]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> None:
+        return None
+
+
+@part("ffn", "mlp")
+class MLP(FeedForward):
+    """Two linear layers and an activation between."""
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return self.down(self.dropout(self.act(self.up(x))))  # type: ignore[no-any-return]
+
+
+@part("ffn", "glu")
+class GLU(FeedForward):
+    """A gated linear unit: one branch opens the other."""
+
+    def __init__(self, config: FeedForward.Config, scope: Scope) -> None:
+        super().__init__(config, scope)
+        self.gate = Linear(scope.dim, config.hidden, config.bias)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))  # type: ignore[no-any-return]

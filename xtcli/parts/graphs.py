@@ -1,0 +1,346 @@
+"""Graphs of one stack: an embedding, blocks, heads.
+
+    decoder    causal; predicts the next token; may read an encoder's memory
+    encoder    sees both ways; masked language models, classifiers
+
+`forward` takes and returns the names the field uses, so that a script written for transformers needs
+only its import changed. Axes as in context.py; B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from xtcli.errors import refuse
+from xtcli.parts import masks
+from xtcli.parts.context import Ctx, ModelState
+from xtcli.parts.embed import Tokens
+from xtcli.parts.heads import Head, Hidden, collect
+from xtcli.parts.init import Initialiser, NormalInit
+from xtcli.parts.norms import LayerNorm, NormSlot
+from xtcli.parts.outputs import Output, Term
+from xtcli.parts.pooled import Pooler, PoolerConfig, refuse_without_pooler
+from xtcli.parts.scope import Impossible, Scope
+from xtcli.parts.stack import Block, Stack, StackConfig
+from xtcli.registry import Config, Kinds, Slot, field, part, part_of
+
+EmbedSlot = Annotated[Config, Slot("embed")]
+
+
+class Graph(nn.Module):
+    """What every graph has: sizes, heads, initialisation, losses."""
+
+    causal = True
+
+    class Config(Config):
+        """Sizes and defaults that the whole model shares."""
+
+        vocab: int = field("rows of the token table", gt=0, tiny=512)
+        dim: int = field("width of the residual stream", gt=0, tiny=64)
+        context: int | None = field("longest text in tokens; null = no limit", None, gt=0, tiny=128)
+        dropout: float = field("default of every dropout", 0.0, ge=0, lt=1)
+        norm: NormSlot = field("default of every norm", LayerNorm.Config())
+        init: Annotated[Config, Slot("init")] = field("how fresh weights are drawn", NormalInit.Config())
+        pad: int | None = field("id of the padding token", None, ge=0, tiny=511)
+        start: int | None = field("id that a decoder's text starts with; null = pad", None, ge=0, tiny=511)
+        heads: Annotated[dict[str, Config], Kinds("head")] = field("outputs, by kind", {})
+
+    config: Config
+    heads: nn.ModuleDict
+
+    def begin(self, config: Config, scope: Scope | None) -> Scope:
+        """The root scope."""
+        if config.norm.kind == "inherit":
+            raise Impossible("norm", "is the default that others inherit", "name a kind")
+        self.config = config
+        return scope or Scope(
+            dim=config.dim,
+            vocab=config.vocab,
+            context=config.context,
+            causal=self.causal,
+            norm=config.norm,
+            dropout=config.dropout,
+            pad=config.pad,
+        )
+
+    def make_heads(self, scope: Scope, pooled: bool) -> nn.ModuleDict:
+        """The heads, by kind."""
+        for name, head in self.config.heads.items():
+            try:
+                refuse_without_pooler(name, head, pooled)
+            except Impossible as mistake:
+                scope.file(mistake)
+        return nn.ModuleDict({name: scope.make(f"heads.{name}", head) for name, head in self.config.heads.items()})
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.config.dim
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the token table."""
+        return self.config.vocab
+
+    @property
+    def context(self) -> int | None:
+        """Longest text that the preset plans for."""
+        return self.config.context
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def initialise(self, seed: int) -> None:
+        """Draw fresh weights in place."""
+        sublayers = sum(len(block.names) for block in self.modules() if isinstance(block, Block))
+        drawn: Initialiser = part_of(self.config.init)(self.config.init, sublayers)
+        drawn.draw(self, self.config.dim, seed)
+
+    def answer(self, hidden: Hidden, labels: Mapping[str, Tensor | None]) -> Output:
+        """Loss and outputs of all heads."""
+        heads: Any = self.heads
+        return collect(heads, hidden, labels, self.causal)
+
+    def losses(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Term]:
+        """The loss terms of aligned targets, by head; see data/batch.py."""
+        hidden = self.hidden(**inputs)
+        terms = {}
+        for name, wanted in targets.items():
+            head: Head = self.heads[name]  # type: ignore[assignment]
+            terms[name] = head.loss(hidden, wanted)
+        return terms
+
+    def hidden(self, **inputs: Any) -> Hidden:
+        """What the heads read."""
+        raise AssertionError("a graph must make hidden states")
+
+
+class Tower(nn.Module):
+    """An embedding and a stack, and the bookkeeping of places, padding and state between them."""
+
+    embed: nn.Module
+    stack: Stack
+
+    def __init__(self, embed: Config, stack: StackConfig, scope: Scope, shares: bool = False) -> None:
+        super().__init__()
+        self.embed = scope.make("embed", embed, shares)
+        self.stack = Stack(stack, scope.at("stack"))
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the positions can tell apart, or None."""
+        return getattr(self.embed, "limit", None)
+
+    def table(self) -> Tensor | None:
+        """The token table (V, D), where this tower owns one."""
+        tokens = self.embed.tokens
+        return None if tokens is None else tokens.weight  # type: ignore[union-attr, return-value]
+
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> ModelState:
+        """An empty state for `capacity` tokens."""
+        if self.limit is not None and capacity > self.limit:
+            raise refuse(f"{capacity} tokens do not fit into {self.limit} positions", "ask for fewer tokens")
+        return ModelState(
+            self.stack.new_state(batch, capacity, device, dtype),
+            torch.zeros(batch, capacity, dtype=torch.long, device=device),
+            torch.ones(batch, capacity, dtype=torch.bool, device=device),
+        )
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        vectors: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        places: Tensor | None = None,
+        documents: Tensor | None = None,
+        table: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        state: ModelState | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids (B, T) -> states (B, T, D), and which of the B x T tokens are real (None: all)."""
+        given = ids if ids is not None else vectors
+        if given is None:
+            raise ValueError("neither input_ids nor inputs_embeds were given")
+        batch, length = given.shape[:2]
+        offset = 0 if state is None else state.length
+        end = offset + length
+        if places is None:
+            if self.limit is not None and end > self.limit:
+                raise refuse(f"the text has {end} tokens, the model's positions end at {self.limit}", "shorten it")
+            places = torch.arange(offset, end, device=given.device)[None, :]
+        elif places.dim() == 1:
+            places = places[None, :]
+        keep = None if mask is None else mask.to(device=given.device, dtype=torch.bool)
+        if keep is not None and bool(keep.all()):
+            keep = None
+        if keep is not None and keep.shape != (batch, end):
+            raise ValueError(f"attention_mask has shape {tuple(keep.shape)}, expected {(batch, end)}")
+        keys, known = places, keep
+        if state is not None:
+            if end > state.capacity:
+                raise ValueError(f"the state holds {state.capacity} tokens, {end} are needed")
+            state.positions[:, offset:end] = places
+            if keep is not None:
+                state.keep[:, :end], state.padded = keep, True
+            keys = state.positions[:, :end]
+            known = state.keep[:, :end] if state.padded else None
+        ctx = Ctx(
+            positions=places,
+            keys=keys,
+            keep=known,
+            documents=documents,
+            offset=offset,
+            table=self.table() if table is None else table,
+            memory=memory,
+            memory_visible=masks.keys_only(None if memory_mask is None else memory_mask.bool()),
+            state=None if state is None else state.blocks,
+        )
+        x = self.stack(self.embed(ids, vectors, segments, ctx), ctx, trace)
+        if state is not None:
+            state.length = end
+        return x, keep
+
+
+class OneStack(Graph, Tower):
+    """An embedding, a stack and heads."""
+
+    class Config(Graph.Config):
+        """A model of one stack."""
+
+        embed: EmbedSlot = field("what enters", Tokens.Config())
+        stack: StackConfig = field("the blocks")
+        pooler: PoolerConfig | None = field("a vector for the whole text, from its first state", None)
+        memory: int | None = field("width of an encoder's memory that cross-attention reads", None, gt=0, tiny=64)
+
+    def __init__(self, config: Config, scope: Scope | None = None) -> None:
+        nn.Module.__init__(self)
+        scope = self.begin(config, scope)
+        if config.memory is not None:
+            scope = scope.at("", memory=config.memory)
+        self.embed = scope.make("embed", config.embed)
+        self.stack = Stack(config.stack, scope.at("stack"))
+        self.pooler = None if config.pooler is None else Pooler(config.pooler, scope)
+        self.heads = self.make_heads(scope, self.pooler is not None)
+        scope.settle()
+
+    def new_state(self, batch: int, capacity: int, device: Any = None, dtype: Any = None) -> ModelState:
+        """An empty state for `capacity` tokens, on the model's device and in its type unless said."""
+        return Tower.new_state(self, batch, capacity, device or self.device, dtype or self.dtype)
+
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        state: ModelState | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Hidden:
+        """Run embedding and stack; inputs as in `forward`."""
+        choices = None
+        if input_ids is not None and input_ids.dim() == 3:
+            choices = input_ids.shape[1]
+            input_ids, attention_mask, token_type_ids, position_ids = (
+                None if value is None else value.flatten(0, 1)
+                for value in (input_ids, attention_mask, token_type_ids, position_ids)
+            )
+        states, keep = Tower.forward(
+            self,
+            input_ids,
+            inputs_embeds,
+            mask=attention_mask,
+            segments=token_type_ids,
+            places=position_ids,
+            documents=document_ids,
+            memory=encoder_hidden_states,
+            memory_mask=encoder_attention_mask,
+            state=state,
+            trace=trace,
+        )
+        pooled = None if self.pooler is None else self.pooler(states)
+        return Hidden(states, self.table(), pooled, input_ids, keep, choices)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        next_sentence_label: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        state: ModelState | None = None,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
+
+        attention_mask: 1 = real token. position_ids: places, from 0 unless given. document_ids: tokens of
+        other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
+        causal model. state: from `new_state`; then attention_mask covers past and new tokens.
+        Without encoder_hidden_states, cross-attention is passed over and the decoder runs alone.
+        """
+        trace: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.hidden(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            document_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            state,
+            trace,
+        )
+        labelled = {
+            "labels": labels,
+            "next_sentence_label": next_sentence_label,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
+        out = self.answer(hidden, labelled)
+        out["last_hidden_state"] = hidden.states
+        if hidden.pooled is not None:
+            out["pooler_output"] = hidden.pooled
+        if trace is not None:
+            out["hidden_states"] = tuple(trace)
+        return out
+
+
+@part("graph", "decoder")
+class Decoder(OneStack):
+    """Causal: each token sees the ones before it."""
+
+    causal = True
+
+
+@part("graph", "encoder")
+class Encoder(OneStack):
+    """Every token sees every other."""
+
+    causal = False

@@ -1,0 +1,208 @@
+"""Heads over tokens: hidden states -> logits, and the loss of targets.
+
+    lm     logits = h W^T (+ b), W tied to the token table or its own
+    mlm    logits = norm(act(dense(h))) W^T + b          Devlin et al. 2018, arXiv:1810.04805
+    token  one label for each token
+    span   where an answer starts and ends
+
+`targets` are aligned with positions; IGNORE leaves one out. Where few positions are supervised (masked
+language models) only those are multiplied with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xtcli.parts import norms
+from xtcli.parts.activations import ACTIVATIONS, Activation
+from xtcli.parts.linear import Linear
+from xtcli.parts.norms import NormSlot, make_norm
+from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
+from xtcli.parts.scope import Scope
+from xtcli.registry import Config, field, part
+
+
+class Hidden:
+    """What heads read: states (B, T, D), the pooled vector, the token table and the inputs.
+
+    `choices` is set where the rows are texts among which one is chosen: B = questions x choices.
+    """
+
+    def __init__(
+        self,
+        states: Tensor,
+        table: Tensor | None = None,
+        pooled: Tensor | None = None,
+        ids: Tensor | None = None,
+        keep: Tensor | None = None,
+        choices: int | None = None,
+    ) -> None:
+        self.states, self.table, self.pooled, self.ids = states, table, pooled, ids
+        self.keep, self.choices = keep, choices
+
+
+Labels = Mapping[str, Tensor | None]
+
+
+class Head(nn.Module):
+    """`forward` gives named outputs, `loss` a term, `targets` finds the head's targets among the labels."""
+
+    label = "labels"
+    share = 1.0  # of this head in the loss
+    loss_name = "loss"
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        """Logits by output name."""
+        raise AssertionError("a head must give outputs")
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        """The loss of aligned targets."""
+        raise AssertionError("a head must give a loss")
+
+    def targets(self, labels: Labels, causal: bool) -> Tensor | None:
+        """Aligned targets from what the caller named, or None."""
+        return labels.get(self.label)
+
+
+@part("head", "lm")
+class LanguageModel(Head):
+    """Next-token (or aligned) prediction."""
+
+    class Config(Config):
+        """Language-model head."""
+
+        tied: bool = field("uses the token table as its matrix", True)
+        bias: bool = field("adds a bias", False)
+        scale: float | Literal["inverse-sqrt-dim"] = field("multiplies the hidden states", 1.0)
+        softcap: float | None = field("bends logits into (-cap, cap)", None, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
+        self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
+        self.scale = scope.dim**-0.5 if config.scale == "inverse-sqrt-dim" else float(config.scale)
+        self.cap = config.softcap
+
+    def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
+        """(..., D) -> (..., V)."""
+        weight = table if self.decoder is None else self.decoder.weight
+        if self.scale != 1.0:
+            states = states * self.scale
+        logits = F.linear(states, weight, self.bias)  # type: ignore[arg-type]
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        return {"logits": self.logits(hidden.states, hidden.table)}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        return cross_entropy(self.logits(hidden.states, hidden.table), targets)
+
+    def targets(self, labels: Labels, causal: bool) -> Tensor | None:
+        found = labels.get(self.label)
+        return shifted(found) if causal and found is not None else found
+
+
+@part("head", "mlm")
+class MaskedLanguageModel(Head):
+    """A transform and a decoder tied to the token table, with a bias."""
+
+    class Config(Config):
+        """Masked-language-model head."""
+
+        act: Activation = field("activation of the transform", "gelu")
+        norm: NormSlot = field("norm of the transform", norms.INHERIT)
+        tied: bool = field("uses the token table as its matrix", True)
+        output: Literal["logits", "prediction_logits"] = field("name of its output", "logits")
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.dense = Linear(scope.dim, scope.dim, True)
+        self.act = ACTIVATIONS[config.act]
+        self.norm = make_norm(scope, "norm", config.norm)
+        self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
+        self.bias = nn.Parameter(torch.zeros(scope.vocab))
+        self.output = config.output
+
+    def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
+        """(..., D) -> (..., V)."""
+        weight = table if self.decoder is None else self.decoder.weight
+        return F.linear(self.norm(self.act(self.dense(states))), weight, self.bias)  # type: ignore[arg-type]
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        return {self.output: self.logits(hidden.states, hidden.table)}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        supervised = targets != IGNORE
+        return cross_entropy(self.logits(hidden.states[supervised], hidden.table), targets[supervised])
+
+
+@part("head", "token")
+class TokenLabels(Head):
+    """One label for each token."""
+
+    class Config(Config):
+        """Token classification."""
+
+        labels: int = field("number of labels", 2, gt=0)
+        dropout: float | None = field("dropout before the classifier; null = model.dropout", None, ge=0, lt=1)
+        bias: bool = field("adds a bias", True)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        self.classifier = Linear(scope.dim, config.labels, config.bias, "head")
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        return {"logits": self.classifier(self.dropout(hidden.states))}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        return cross_entropy(self.outputs(hidden)["logits"], targets)
+
+
+@part("head", "span")
+class Span(Head):
+    """Start and end of an answer: cross-entropy over the places, the mean of both ends."""
+
+    label = "span"
+
+    class Config(Config):
+        """Extractive question answering."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.classifier = Linear(scope.dim, 2, True, "head")
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        start, end = self.classifier(hidden.states).unbind(-1)
+        return {"start_logits": start, "end_logits": end}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        """targets (B, 2): first and last place of the answer; a place beyond the text is left out."""
+        out = self.outputs(hidden)
+        places = targets.masked_fill(targets >= hidden.states.shape[1], IGNORE)
+        start = cross_entropy(out["start_logits"], places[:, 0])
+        end = cross_entropy(out["end_logits"], places[:, 1])
+        return Term((start.sum + end.sum) / 2, torch.maximum(start.count, end.count))
+
+    def targets(self, labels: Labels, causal: bool) -> Tensor | None:
+        start, end = labels.get("start_positions"), labels.get("end_positions")
+        return None if start is None or end is None else torch.stack((start.reshape(-1), end.reshape(-1)), dim=-1)
+
+
+def collect(heads: Mapping[str, Head], hidden: Hidden, labels: Labels, causal: bool) -> Output:
+    """Loss first, then every head's outputs."""
+    out = Output()
+    losses: dict[str, Any] = {}
+    made: dict[str, Tensor] = {}
+    for head in heads.values():
+        made |= head.outputs(hidden)
+        targets = head.targets(labels, causal)
+        if targets is not None:
+            losses[head.loss_name] = losses.get(head.loss_name, 0.0) + head.share * head.loss(hidden, targets).mean()
+    out.update(losses | made)
+    return out

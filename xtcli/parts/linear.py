@@ -1,0 +1,21 @@
+"""Linear layers that say what they are for, so that initialisation can tell them apart.
+
+Roles: `input` (most), `query` (scores are made from it), `output` (writes to the residual stream),
+`head` (makes logits or labels).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+Role = Literal["input", "query", "output", "head"]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with a role; weight (out, in)."""
+
+    def __init__(self, inner: int, outer: int, bias: bool, role: Role = "input") -> None:
+        super().__init__(inner, outer, bias=bias)
+        self.role = role

@@ -1,0 +1,161 @@
+"""Masks: an algebra of rules that say which keys a query may see.
+
+    causal          k <= q
+    full            everything
+    window          -left <= k - q <= right, every `dilation`-th key
+    all, any        intersection, union of rules
+
+Rules speak of slots (places in the row as fed), so that padding on the left does not move a window.
+Padding and document borders are data, not rules: `render` joins them to whatever the rule says.
+A query that would see nothing (padding) sees itself, so that no softmax is empty.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Annotated
+
+import torch
+from pydantic import Strict
+from torch import Tensor
+
+from xtcli.parts.context import Ctx, Visible
+from xtcli.registry import Config, Slot, field, part, part_of
+
+MaskSlot = Annotated[Config, Slot("mask")]
+
+
+class Mask:
+    """A rule made from its config: static methods only, since rules hold no parameters."""
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        """True where a query in slot `q` (T, 1) may see a key in slot `k` (1, S)."""
+        raise AssertionError("a mask kind must say what it allows")
+
+
+@part("mask", "causal")
+class Causal(Mask):
+    """Only the past and oneself."""
+
+    class Config(Config):
+        """Only the past and oneself."""
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q
+
+
+@part("mask", "full")
+class Full(Mask):
+    """Everything."""
+
+    class Config(Config):
+        """Every key."""
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        return torch.ones_like(q, dtype=torch.bool) & torch.ones_like(k, dtype=torch.bool)
+
+
+@part("mask", "inherit")
+class Inherited(Mask):
+    """A stand-in for what the graph implies."""
+
+    class Config(Config):
+        """Causal in a decoder, full in an encoder."""
+
+
+INHERIT: Config = Inherited.Config()
+CAUSAL: Config = Causal.Config()
+FULL: Config = Full.Config()
+
+
+@part("mask", "window")
+class Window(Mask):
+    """A band around the query."""
+
+    class Config(Config):
+        """Keys at most `left` slots before and `right` slots after the query."""
+
+        left: int = field("slots before the query", ge=0, tiny=16)
+        right: int = field("slots after the query", 0, ge=0, tiny=16)
+        dilation: int = field("only every n-th slot of the band", 1, ge=1, tiny=2)
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        step = k - q
+        band = (step >= -rule.left) & (step <= rule.right)  # type: ignore[attr-defined]
+        return band & (step % rule.dilation == 0) if rule.dilation > 1 else band  # type: ignore[attr-defined]
+
+
+@part("mask", "all")
+class All(Mask):
+    """The intersection of rules."""
+
+    class Config(Config):
+        """Keys that every rule allows."""
+
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", min_length=1)
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_and, (allowed(r, q, k) for r in rule.of))  # type: ignore[attr-defined]
+
+
+@part("mask", "any")
+class Any(Mask):
+    """The union of rules."""
+
+    class Config(Config):
+        """Keys that some rule allows."""
+
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", min_length=1)
+
+    @staticmethod
+    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_or, (allowed(r, q, k) for r in rule.of))  # type: ignore[attr-defined]
+
+
+def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+    """True where `rule` lets slot `q` see slot `k`; broadcasts q against k."""
+    return part_of(rule).allowed(rule, q, k)  # type: ignore[attr-defined, no-any-return]
+
+
+def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: bool) -> Visible:
+    """The rule, the padding, the documents and an additive bias as one mask for the kernel.
+
+    `queries` is T; S is the width of `ctx.keys`. `dense` asks for a stored mask even where the
+    kernel could do without.
+    """
+    span = ctx.keys.shape[1]
+    plain = ctx.keep is None and ctx.documents is None and bias is None and not dense
+    if plain and rule.kind == "full":
+        return Visible()
+    if plain and rule.kind == "causal" and queries == 1:
+        return Visible()
+    if plain and rule.kind == "causal" and queries == span:
+        return Visible(causal=True)
+    device = ctx.keys.device
+    q = torch.arange(ctx.offset, ctx.offset + queries, device=device)[:, None]
+    k = torch.arange(span, device=device)[None, :]
+    seen = allowed(rule, q, k)[None, None]  # (1, 1, T, S)
+    if ctx.documents is not None:
+        own = ctx.documents[:, None, ctx.offset : ctx.offset + queries, None]
+        seen = seen & (own == ctx.documents[:, None, None, :])
+    if ctx.keep is not None:
+        seen = seen & ctx.keep[:, None, None, :]
+        seen = seen | (~seen.any(-1, keepdim=True) & (q == k))
+    if bias is None:
+        return Visible(seen)
+    return Visible(bias.masked_fill(~seen, float("-inf")))
+
+
+def keys_only(keep: Tensor | None) -> Visible:
+    """The mask of cross-attention: every real key; (B, M) -> (B, 1, 1, M).
+
+    A row without any real key sees all of them, so that no softmax is empty.
+    """
+    if keep is None:
+        return Visible()
+    return Visible((keep | ~keep.any(-1, keepdim=True))[:, None, None, :])

@@ -1,0 +1,63 @@
+"""What a model returns, by the field's names, and the terms of its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+"""A target that is not supervised."""
+
+NAMES = (
+    "loss logits mc_loss mc_logits prediction_logits seq_relationship_logits sop_logits start_logits end_logits "
+    "last_hidden_state pooler_output hidden_states encoder_last_hidden_state encoder_hidden_states "
+    "decoder_hidden_states"
+).split()
+
+
+class Output(dict[str, Any]):
+    """Outputs by name, as items and as attributes; one that this call did not make is None.
+
+    Indexing by a number counts the outputs that were made, in order.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or name in NAMES:
+            return self.get(name)
+        raise AttributeError(f"no output is named {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.to_tuple()[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs that were made, in order."""
+        return tuple(self.values())
+
+
+@dataclass(frozen=True)
+class Term:
+    """One head's share of the loss: a sum over `count` supervised targets."""
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+    def mean(self) -> Tensor:
+        """Mean loss of a target; 0 where none is supervised."""
+        return self.sum / self.count.clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Term:
+    """Summed cross-entropy of logits (..., C) against targets (...), float32, IGNORE left out."""
+    flat = targets.reshape(-1)
+    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=IGNORE, reduction="sum")
+    return Term(total, (flat != IGNORE).sum())
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels (B, T) moved one place to the left, so that each place holds its successor."""
+    return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)), dim=1)

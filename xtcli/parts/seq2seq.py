@@ -1,0 +1,169 @@
+"""The encoder-decoder graph: a decoder that reads what an encoder made of another text.
+
+Both sides embed from one token table unless `share_tokens` is false. Labels are aligned with the
+decoder's inputs, which are the labels moved one place to the right behind the start token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtcli.parts.context import ModelState
+from xtcli.parts.embed import Tokens
+from xtcli.parts.graphs import EmbedSlot, Graph, Tower
+from xtcli.parts.heads import Hidden
+from xtcli.parts.outputs import IGNORE, Output
+from xtcli.parts.scope import Scope
+from xtcli.parts.stack import StackConfig
+from xtcli.registry import Config, field, part
+
+
+class TowerConfig(Config):
+    """One side: an embedding and a stack."""
+
+    embed: EmbedSlot = field("what enters", Tokens.Config())
+    stack: StackConfig = field("the blocks")
+
+
+@part("graph", "encoder-decoder")
+class EncoderDecoder(Graph):
+    """Two towers; the decoder's cross-attention reads the encoder's last states."""
+
+    causal = False  # labels are aligned, not shifted inside
+
+    class Config(Graph.Config):
+        """An encoder and a decoder."""
+
+        encoder: TowerConfig = field("reads the source")
+        decoder: TowerConfig = field("writes the target")
+        share_tokens: bool = field("one token table for both sides", True)
+
+    def __init__(self, config: Config, scope: Scope | None = None) -> None:
+        super().__init__()
+        scope = self.begin(config, scope)
+        self.tokens = nn.Embedding(config.vocab, config.dim) if config.share_tokens else None
+        shares = config.share_tokens
+        self.encoder = Tower(config.encoder.embed, config.encoder.stack, scope.at("encoder", causal=False), shares)
+        inner = scope.at("decoder", causal=True, memory=config.dim)
+        self.decoder = Tower(config.decoder.embed, config.decoder.stack, inner, shares)
+        self.heads = self.make_heads(scope, pooled=False)
+        scope.settle()
+
+    @property
+    def start(self) -> int | None:
+        """The id that every decoded text starts with."""
+        return self.config.pad if self.config.start is None else self.config.start
+
+    def shared_table(self) -> Tensor | None:
+        """The table of both sides, where they share one."""
+        return None if self.tokens is None else self.tokens.weight
+
+    def output_table(self) -> Tensor | None:
+        """The table that a tied head multiplies with."""
+        return self.decoder.table() if self.tokens is None else self.tokens.weight
+
+    def new_state(self, batch: int, capacity: int, device: Any = None, dtype: Any = None) -> ModelState:
+        """An empty decoder state for `capacity` target tokens."""
+        return self.decoder.new_state(batch, capacity, device or self.device, dtype or self.dtype)
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Source ids (B, S) -> memory (B, S, D)."""
+        table = self.shared_table()
+        states, _ = self.encoder(input_ids, inputs_embeds, mask=attention_mask, table=table, trace=trace)
+        return states  # type: ignore[no-any-return]
+
+    def decode(
+        self,
+        decoder_input_ids: Tensor | None,
+        memory: Tensor,
+        attention_mask: Tensor | None = None,
+        state: ModelState | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Hidden:
+        """Target ids (B, T) and the memory -> what the heads read; `attention_mask` (B, S) is the source's."""
+        states, keep = self.decoder(
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            mask=decoder_attention_mask,
+            table=self.shared_table(),
+            memory=memory,
+            memory_mask=attention_mask,
+            state=state,
+            trace=trace,
+        )
+        return Hidden(states, self.output_table(), None, decoder_input_ids, keep)
+
+    def hidden(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Hidden:
+        """Both sides at once, for training."""
+        memory = self.encode(input_ids, attention_mask)
+        return self.decode(decoder_input_ids, memory, attention_mask, None, decoder_attention_mask)
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder inputs (B, T) from labels: the start token in front, the last one dropped, -100 as padding."""
+        if self.start is None or self.config.pad is None:
+            raise ValueError("labels alone need model.pad (and model.start, if it differs) to make decoder inputs")
+        moved = torch.cat((labels.new_full((labels.shape[0], 1), self.start), labels[:, :-1]), dim=1)
+        return moved.masked_fill(moved == IGNORE, self.config.pad)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        encoder_outputs: Any = None,
+        state: ModelState | None = None,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """Source and target -> loss, logits (B, T, V), last_hidden_state, encoder_last_hidden_state.
+
+        encoder_outputs: the memory (B, S, D), or something whose first item it is, in place of input_ids.
+        Without decoder inputs the labels, moved one place to the right, are decoded.
+        """
+        source_trace: list[Tensor] | None = [] if output_hidden_states else None
+        target_trace: list[Tensor] | None = [] if output_hidden_states else None
+        if encoder_outputs is None:
+            memory = self.encode(input_ids, attention_mask, inputs_embeds, source_trace)
+        else:
+            memory = encoder_outputs if isinstance(encoder_outputs, Tensor) else encoder_outputs[0]
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if labels is None:
+                raise ValueError("neither decoder_input_ids nor decoder_inputs_embeds nor labels were given")
+            decoder_input_ids = self.shift_right(labels)
+        hidden = self.decode(
+            decoder_input_ids,
+            memory,
+            attention_mask,
+            state,
+            decoder_attention_mask,
+            decoder_inputs_embeds,
+            target_trace,
+        )
+        out = self.answer(hidden, {"labels": labels})
+        out["last_hidden_state"] = hidden.states
+        out["encoder_last_hidden_state"] = memory
+        if target_trace is not None and source_trace is not None:
+            out["decoder_hidden_states"] = tuple(target_trace)
+            out["encoder_hidden_states"] = tuple(source_trace)
+        return out

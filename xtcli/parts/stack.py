@@ -1,0 +1,132 @@
+"""Blocks, and the stack that runs them.
+
+A block is an ordered map of named sublayers that its wiring joins. A stack repeats one block, or
+several in a pattern, computes once what all its attentions share, and ends in a norm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Strict, model_validator
+from pydantic_core import PydanticCustomError
+from torch import Tensor, nn
+
+from xtcli.errors import did_you_mean
+from xtcli.parts import norms, positions
+from xtcli.parts.context import Ctx, State
+from xtcli.parts.norms import NormSlot, make_norm
+from xtcli.parts.positions import PositionSlot
+from xtcli.parts.scope import Scope
+from xtcli.parts.shared import Shared
+from xtcli.parts.wiring import PreNorm, WiringSlot
+from xtcli.registry import Config, Slot, field
+
+SublayerName = Literal["pre_ffn", "attn", "cross", "mixer", "conv", "ffn"]
+
+
+class BlockConfig(Config):
+    """One layer: sublayers by name, in order, and how they are joined."""
+
+    wiring: WiringSlot = field("joins sublayers, norms and the residual stream", PreNorm.Config())
+    sublayers: dict[SublayerName, Annotated[Config, Slot("sublayer")]] = field("in the order they run", min_length=1)
+
+
+class StackConfig(Config):
+    """A stack of blocks."""
+
+    layers: int = field("number of blocks", gt=0, tiny=2)
+    block: BlockConfig | None = field("the block that all layers repeat", None)
+    blocks: dict[str, BlockConfig] | None = field("several blocks by name, placed by `pattern`", None)
+    pattern: Annotated[tuple[str, ...], Strict(False)] | None = field("names of `blocks`, repeated over the layers", None)
+    position: PositionSlot = field("position that the attentions inherit", positions.NONE)
+    norm: NormSlot = field("norm after the last block", norms.INHERIT)
+    dropout: float = field("dropout after the last norm", 0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_source_of_blocks(self) -> Self:
+        if (self.block is None) == (self.blocks is None):
+            raise PydanticCustomError("stack_blocks", "needs either 'block' or 'blocks' with 'pattern', not both or neither")
+        if (self.blocks is None) != (self.pattern is None):
+            raise PydanticCustomError("stack_pattern", "'blocks' and 'pattern' belong together")
+        for name in self.pattern or ():
+            if name not in (self.blocks or {}):
+                raise PydanticCustomError(
+                    "stack_pattern",
+                    "pattern names no block {name}; {remedy}",
+                    {"name": repr(name), "remedy": did_you_mean(name, self.blocks or {})},
+                )
+        for name in self.blocks or {}:
+            if name not in (self.pattern or ()):
+                raise PydanticCustomError("stack_pattern", "block {name} stands nowhere in pattern", {"name": repr(name)})
+        return self
+
+    def tiny(self) -> Self:
+        """Two layers, or one round of the pattern."""
+        return self.model_copy(update={"layers": min(self.layers, max(2, len(self.pattern or ())))})
+
+    def layer(self, number: int) -> tuple[str, BlockConfig]:
+        """The config path and the block of one layer."""
+        if self.block is not None:
+            return "block", self.block
+        assert self.blocks is not None and self.pattern is not None
+        name = self.pattern[number % len(self.pattern)]
+        return f"blocks.{name}", self.blocks[name]
+
+
+class Block(nn.Module):
+    """Sublayers under their own names, and `wiring`."""
+
+    def __init__(self, config: BlockConfig, scope: Scope) -> None:
+        super().__init__()
+        self.names = tuple(config.sublayers)
+        for name, sublayer in config.sublayers.items():
+            self.add_module(name, scope.make(f"sublayers.{name}", sublayer))
+        self.wiring = scope.make("wiring", config.wiring, self.names)
+
+    @property
+    def sublayers(self) -> dict[str, nn.Module]:
+        """By name, in the order they run."""
+        return {name: self._modules[name] for name in self.names}  # type: ignore[misc]
+
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> dict[str, State | None]:
+        """The state of each sublayer."""
+        return {
+            name: sublayer.new_state(batch, capacity, device, dtype)  # type: ignore[operator]
+            for name, sublayer in self.sublayers.items()
+        }
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        return self.wiring(x, self.sublayers, ctx)  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    """Blocks in order, then a norm."""
+
+    def __init__(self, config: StackConfig, scope: Scope) -> None:
+        super().__init__()
+        self.shared = Shared()
+        inner = scope.at("", shared=self.shared, position=config.position)
+        self.blocks = nn.ModuleList()
+        for number in range(config.layers):
+            path, block = config.layer(number)
+            self.blocks.append(Block(block, inner.at(path, layer=number)))
+        self.norm = make_norm(scope, "norm", config.norm)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> list[Any]:
+        """The state of each block."""
+        return [block.new_state(batch, capacity, device, dtype) for block in self.blocks]  # type: ignore[operator]
+
+    def forward(self, x: Tensor, ctx: Ctx, trace: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); `trace` collects the input of each block and the final output."""
+        states = ctx.state or [None] * len(self.blocks)
+        ctx = self.shared.prepare(x, ctx)
+        for block, state in zip(self.blocks, states, strict=True):
+            if trace is not None:
+                trace.append(x)
+            x = block(x, ctx.within(state))
+        x = self.dropout(self.norm(x))
+        if trace is not None:
+            trace.append(x)
+        return x
