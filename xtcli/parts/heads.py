@@ -55,6 +55,7 @@ class Head(nn.Module):
     label = "labels"
     share = 1.0  # of this head in the loss
     loss_name = "loss"
+    sparse = False  # whether only supervised positions are computed in training
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         """Logits by output name."""
@@ -110,6 +111,8 @@ class LanguageModel(Head):
 @part("head", "mlm")
 class MaskedLanguageModel(Head):
     """A transform and a decoder tied to the token table, with a bias."""
+
+    sparse = True
 
     class Config(Config):
         """Masked-language-model head."""

@@ -1,0 +1,1 @@
+"""Presets: the YAML file, its types, and every way in which a value gets there."""

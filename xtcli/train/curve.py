@@ -1,0 +1,51 @@
+"""A curve in text: braille characters, each 2 dots wide and 4 high, with the range of both axes beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+BRAILLE = 0x2800
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bit of the dot in column x, row y of a braille character."""
+
+
+def curve(points: Sequence[tuple[int, float]], width: int, height: int, unit: str = "") -> list[str]:
+    """Draw (step, value) points in step order as `height` lines and a last one with the steps, `width` cells wide.
+
+    Values that are not finite leave a gap. Several points in one column of dots are averaged. Empty
+    when there is nothing to draw or no room.
+    """
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    if not finite or height < 1:
+        return []
+    low, high = min(value for _, value in finite), max(value for _, value in finite)
+    labels = [f"{high:.3g}{unit}", f"{low:.3g}{unit}"]
+    margin = max(map(len, labels)) + 1
+    columns, rows = 2 * (width - margin), 4 * height
+    if columns < 2:
+        return []
+    first, last = points[0][0], points[-1][0]
+    bins: list[list[float]] = [[] for _ in range(columns)]
+    for step, value in finite:
+        bins[(step - first) * (columns - 1) // max(1, last - first)].append(value)
+    cells = [[0] * (columns // 2) for _ in range(height)]
+    before: int | None = None
+    for x, values in enumerate(bins):
+        if not values:
+            continue
+        share = (sum(values) / len(values) - low) / ((high - low) or 1.0)
+        y = round((1 - share) * (rows - 1))
+        # A jump is drawn as a vertical stroke, so that the curve hangs together.
+        reach = y if before is None else before + (y > before) - (y < before)
+        for dot in range(min(y, reach), max(y, reach) + 1):
+            cells[dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
+        before = y
+    lines = []
+    for row, line in enumerate(cells):
+        label = labels[0] if row == 0 else labels[1] if row == height - 1 else ""
+        lines.append(f"{label:>{margin - 1}} " + "".join(chr(BRAILLE + bits) for bits in line))
+    left, right = f"step {first:,}", f"step {last:,}"
+    gap = max(1, columns // 2 - len(left) - len(right))
+    lines.append(" " * margin + left + " " * gap + right)
+    return lines

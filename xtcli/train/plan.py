@@ -1,0 +1,160 @@
+"""The plan of a run, before any memory is taken: parameters, FLOPs, bytes, and whether it fits.
+
+FLOPs are those of matrix products in the built graph, counted by running one sequence on the meta device:
+2 m n k for each product, attention as if nothing were masked (so that MFU compares with the figures of
+nanoGPT and PaLM, arXiv:2204.02311), the backward pass as two forwards. Activations are the tensors that
+autograd would keep, counted in the same run. Recomputed activations count once more in time, not in FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from xtcli.data.batch import Batch
+from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import Head
+from xtcli.train.optim import ADAMW_COPIES
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+WORKSPACE = 0.05
+"""Share of memory that kernels, fragments and the allocator take beside what is counted."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One forward pass over `rows` sequences."""
+
+    flops: int
+    activations: int  # bytes kept for the backward pass
+    logits: int  # bytes of the largest output and its float32 copies
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer step takes. All sizes in bytes."""
+
+    parameters: int
+    trained: int
+    tokens: int
+    flops: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    micro_batch: int
+    batch: int
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of training."""
+        whole = self.weights + self.gradients + self.optimizer + self.activations
+        return int(whole * (1 + WORKSPACE))
+
+
+def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype) -> Cost:
+    """The cost of one forward pass of `batch` through a model on the meta device.
+
+    Padding masks are left out: they change no sizes. Heads that only look at supervised positions are
+    counted for those.
+    """
+    inputs = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.inputs.items() if name not in MASKS}
+    kept: dict[int, tuple[Any, int]] = {}
+    owned = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = (storage, storage.nbytes())
+        return tensor
+
+    narrow = 4 // dtype.itemsize
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = skeleton.hidden(**inputs)
+    body = counter.get_total_flops()
+    activations = sum(size for _, size in kept.values()) // narrow
+    flops, logits = body, 0
+    for name, targets in batch.targets.items():
+        head: Head = skeleton.heads[name]  # type: ignore[assignment]
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            made = head.outputs(hidden)
+        share = _supervised(targets) if head.sparse else 1.0
+        flops += int(counter.get_total_flops() * share)
+        size = sum(tensor.numel() for tensor in made.values()) * share
+        logits += int(size * (dtype.itemsize + 8))
+    return Cost(flops, activations, logits)
+
+
+def _supervised(targets: Tensor) -> float:
+    from xtcli.data.batch import IGNORE
+
+    return float((targets != IGNORE).float().mean())
+
+
+def make_plan(
+    skeleton: Graph, batch: Batch, *, dtype: torch.dtype, micro_batch: int | None, checkpointing: bool, free: int
+) -> Plan:
+    """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes."""
+    row = batch.split(1)[0]
+    cost = measure(skeleton, row, dtype)
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
+    kept = _checkpointed(skeleton, cost) if checkpointing else cost.activations
+    each = kept + cost.logits
+    casts = parameters * dtype.itemsize if dtype.itemsize < 4 else 0
+    fixed = int((4 * parameters + casts + 4 * trained * (1 + ADAMW_COPIES)) * (1 + WORKSPACE))
+    rows = len(batch.ids)
+    if micro_batch is None:
+        room = max(int(free * 0.9 - fixed), 0)
+        fits = max(1, min(rows, int(room / max(each * (1 + WORKSPACE), 1))))
+        # Equal shares: 24 rows of which 10 fit go as 8 + 8 + 8.
+        micro_batch = -(-rows // -(-rows // fits))
+    return Plan(
+        parameters,
+        trained,
+        batch.tokens,
+        3 * cost.flops * rows,
+        4 * parameters + casts,
+        4 * trained,
+        4 * trained * ADAMW_COPIES,
+        each * min(micro_batch, rows),
+        min(micro_batch, rows),
+        rows,
+    )
+
+
+def _checkpointed(skeleton: Graph, cost: Cost) -> int:
+    """Activations with recomputation: one input for each block, and the inside of one."""
+    from xtcli.parts.stack import Block
+
+    blocks = sum(isinstance(module, Block) for module in skeleton.modules())
+    return cost.activations // max(blocks, 1) * 2
+
+
+def lines(plan: Plan, checkpoint: int, place: str, free: int) -> Mapping[str, str]:
+    """The plan as label -> figure with its unit."""
+    shares = plan.batch // plan.micro_batch + (plan.batch % plan.micro_batch > 0)
+    fits = "fits" if plan.peak <= free else "DOES NOT FIT"
+    return {
+        "parameters": f"{plan.parameters:,}" + ("" if plan.trained == plan.parameters else f" ({plan.trained:,} trained)"),
+        "step": f"{plan.batch} sequences, {plan.tokens:,} tokens, in {shares} x {plan.micro_batch}",
+        "FLOPs": f"{plan.flops:.3e} FLOP per step",
+        "memory": (
+            f"{gib(plan.peak)} at the peak (weights {gib(plan.weights)}, gradients {gib(plan.gradients)}, "
+            f"optimizer {gib(plan.optimizer)}, activations {gib(plan.activations)}); {gib(free)} free: {fits}"
+        ),
+        "checkpoint": f"{gib(checkpoint)} on disk",
+        "device": place,
+    }
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
