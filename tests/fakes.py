@@ -25,7 +25,7 @@ class FakeSplit:
 
 
 class FakeTokenizer:
-    """Ids below 16 are special or sentinels; of the others, even ids spell " w" and odd ids continue a word with "x"."""
+    """Ids below 16 are special or sentinels; of the others, even ids spell " w" and odd ids continue a word: "x"."""
 
     vocab = 200
 

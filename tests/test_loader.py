@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fakes import FakeSplit, FakeTokenizer, documents
 
+from xtcli.data import loader
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.data.loader import batches, validation_batches
 from xtcli.objectives import CausalLM, MaskedLM, Objective, Pairs, SpanCorruption
@@ -94,10 +96,10 @@ def test_a_batch_larger_than_the_data_goes_round() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_random_state_is_left_alone(workers: int) -> None:
     state = torch.get_rng_state()
-    before = np.random.get_state()[1].tolist()  # type: ignore[union-attr,index]
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
     list(islice(batches(objective("mlm"), batch=4, seed=0, workers=workers), 3))
     assert torch.equal(torch.get_rng_state(), state)
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr,index]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
 def test_closing_ends_the_workers_and_a_signal_does_not() -> None:
@@ -112,8 +114,22 @@ def test_closing_ends_the_workers_and_a_signal_does_not() -> None:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert [first, *digests(made, 39)] == reference
-    made.close()  # type: ignore[attr-defined]
+    made.close()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="no alarm signal on this system")
+def test_a_worker_that_was_told_to_end_does_so_after_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "GRACE_SECONDS", 1)
+    made = batches(objective("clm"), batch=4, seed=0, workers=1)
+    next(made)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
+        for _ in made:
+            time.sleep(0.01)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation for every count, pure, different each epoch, even, and cut alike for any world."""
+"""The order of samples: a permutation for every count, pure, new each epoch, even, and cut alike for any world."""
 
 from __future__ import annotations
 

@@ -35,10 +35,27 @@ class Config(BaseModel):
     kind: ClassVar[str] = ""
 
 
-def field(doc: str, default: Any = ..., *, tiny: int | None = None, **constraints: Any) -> Any:
-    """A config field: its one-line meaning, default, constraints, and the cap that `--tiny` puts on it."""
-    extra = {"tiny": tiny} if tiny is not None else None
-    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+def field(
+    doc: str, default: Any = ..., *, tiny: int | None = None, example: Any = None, **constraints: Any
+) -> Any:
+    """A config field: its one-line meaning, default and constraints.
+
+    tiny: the cap that `--tiny` puts on it. example: a value for tests of a part that has no default here.
+    """
+    extra = {key: value for key, value in (("tiny", tiny), ("example", example)) if value is not None}
+    return Field(default, description=doc, json_schema_extra=extra or None, **constraints)
+
+
+def example(config: type[Config]) -> dict[str, Any]:
+    """The examples of a config's required fields: enough to build the part in a test."""
+    found = {}
+    for name, entry in config.model_fields.items():
+        if entry.is_required():
+            extra = entry.json_schema_extra if isinstance(entry.json_schema_extra, dict) else {}
+            if "example" not in extra:
+                raise AssertionError(f"{config.slot} {config.kind}: required field '{name}' has no example")
+            found[name] = extra["example"]
+    return found
 
 
 UNIONS = {"sublayer": ("mixer", "ffn")}
@@ -91,8 +108,12 @@ def part_of(config: Config) -> type:
 def _load() -> None:
     if not _loaded:
         _loaded.append("loading")
-        for module in PROVIDERS:
-            importlib.import_module(module)
+        try:
+            for module in PROVIDERS:
+                importlib.import_module(module)
+        except BaseException:
+            _loaded.clear()
+            raise
 
 
 class Slot:

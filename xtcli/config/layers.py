@@ -182,8 +182,8 @@ def parse_override(text: str) -> Override:
         document = parse(written_value, place)
     except UserError as error:
         raise UserError(*(Problem(p.cause, place, dotted, p.remedy) for p in error.problems)) from None
-    document.values = {path: place for path in document.values}
-    document.keys = {path: place for path in document.keys}
+    document.values = dict.fromkeys(document.values, place)
+    document.keys = dict.fromkeys(document.keys, place)
     if document.problems:
         raise UserError(*(Problem(p.cause, place, dotted, p.remedy) for p in document.problems))
     value = document.tree

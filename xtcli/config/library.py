@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from xtcli.errors import did_you_mean, nearest, refuse
+from xtcli.errors import UserError, did_you_mean, nearest, refuse
 
 SUFFIXES = (".yaml", ".yml")
 RECORDED = "preset.yaml"
@@ -48,14 +49,35 @@ def list_presets() -> list[Entry]:
 
 
 def entry(file: Path) -> Entry:
-    """What a preset file says of itself; only its `about` and `sizes` blocks are parsed."""
+    """What a preset file says of itself, over what those that it extends say; only the blocks needed are parsed."""
+    blocks = _blocks(file)
+    about, sizes = _about(blocks, file), blocks.get("sizes")
+    return Entry(file.stem, file, **about, sizes=tuple(sizes) if isinstance(sizes, dict) else ())
+
+
+def _blocks(file: Path) -> dict[str, Any]:
     from xtcli.config.document import parse
 
-    text = file.read_text(encoding="utf-8")
-    tree = parse("".join(_block(text, key) for key in ("about", "sizes")), str(file)).tree or {}
-    about, sizes = tree.get("about") or {}, tree.get("sizes") or {}
-    known = {key: about[key] for key in ("title", "paper", "year", "url", "new") if about.get(key) is not None}
-    return Entry(file.stem, file, **known, sizes=tuple(sizes))
+    try:
+        text = file.read_text(encoding="utf-8")
+        tree = parse("".join(_block(text, key) for key in ("about", "extends", "sizes")), str(file)).tree
+    except (OSError, UnicodeDecodeError, UserError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _about(blocks: dict[str, Any], file: Path, depth: int = 0) -> dict[str, Any]:
+    about, base = blocks.get("about"), blocks.get("extends")
+    ref = base.get("preset") if isinstance(base, dict) else base
+    known: dict[str, Any] = {}
+    if isinstance(ref, str) and depth < 10:
+        try:
+            below = find(ref, file.parent)
+            known = _about(_blocks(below), below, depth + 1)
+        except UserError:
+            known = {}
+    stated = about if isinstance(about, dict) else {}
+    return known | {key: stated[key] for key in ("title", "paper", "year", "url", "new") if stated.get(key) is not None}
 
 
 def _block(text: str, key: str) -> str:

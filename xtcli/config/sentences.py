@@ -86,7 +86,7 @@ def _custom(kind: str, context: Mapping[str, Any], value: Any, message: str) -> 
     """The errors that slots and validators raise themselves."""
     if kind == "slot_kind_unknown":
         name = value if isinstance(value, str) else value["kind"]
-        return f"there is no kind of {context['slot']} named {flow(name)}", did_you_mean(str(name), context["kinds"])
+        return f"there is no kind of {context['slot']} named '{name}'", did_you_mean(str(name), context["kinds"])
     if kind == "slot_kind_missing":
         close = next((key for key in value if nearest(str(key), ["kind"])), None)
         if close:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +59,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
     pin: bool | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's rows of every global batch from sample number `start` on, without end.
 
     batch: samples of a global batch, over all ranks. workers: processes that make batches ahead (0: none).
@@ -70,13 +71,13 @@ def batches(
     return _in_workers(dataset, numbers, workers, pin) if workers else _in_process(dataset, numbers, pin)
 
 
-def _in_process(dataset: _Batches, numbers: Iterator[int], pin: bool) -> Iterator[Batch]:
+def _in_process(dataset: _Batches, numbers: Iterator[int], pin: bool) -> Generator[Batch, None, None]:
     for number in numbers:
         made = dataset[number]
         yield made.pin_memory() if pin else made
 
 
-def _in_workers(dataset: _Batches, numbers: Iterator[int], workers: int, pin: bool) -> Iterator[Batch]:
+def _in_workers(dataset: _Batches, numbers: Iterator[int], workers: int, pin: bool) -> Generator[Batch, None, None]:
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,
@@ -87,7 +88,8 @@ def _in_workers(dataset: _Batches, numbers: Iterator[int], workers: int, pin: bo
         worker_init_fn=_settle,
         generator=torch.Generator(),  # the loader draws a seed from it; without one, from the global state
     )
-    iterator: Any = iter(loader)
+    with _signals_wait():
+        iterator: Any = iter(loader)
     try:
         yield from iterator
     finally:
@@ -95,17 +97,35 @@ def _in_workers(dataset: _Batches, numbers: Iterator[int], workers: int, pin: bo
         del iterator
 
 
+POSIX = hasattr(signal, "pthread_sigmask")
+ENDING = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Workers are born with the ending signals held back, so that none arrives before `_settle`."""
+    if not POSIX:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _settle(worker: int) -> None:
-    """Let the trainer, not the terminal, decide when a worker ends."""
+    """In a worker: the trainer, not the terminal or the scheduler, decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
+    if POSIX:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS) and None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def validation_batches(
     objective: Samples, *, batch: int, limit: int | None = None, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A fixed, finite series of batches: epoch 0, in the order of the text, the last one short if it must be.
 
     limit: batches at most; then the samples are spread evenly over the text. With several ranks each gets its

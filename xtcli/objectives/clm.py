@@ -84,9 +84,9 @@ class CausalLM(Objective):
         return row | {"id": np.array(index)}
 
     def batch(self, indices: Ints, epochs: Ints) -> Batch:
-        arrays, lengths = self._rows(np.asarray(indices, dtype=np.int64))
         if self.pack == "none":
-            return self.collate([self.sample(int(i), 0) for i in indices])
+            return super().batch(indices, epochs)
+        arrays, lengths = self._rows(np.asarray(indices, dtype=np.int64))
         targets = {"lm": arrays.pop("targets.lm")}
         return Batch.of(arrays, targets, indices.tolist(), lengths.tolist())
 

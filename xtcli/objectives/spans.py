@@ -5,8 +5,9 @@
     target   <0> for inviting <1> last <2> eos
 
 Of n tokens, round(density * n) are noise, in round(noise / mean_span) spans. The lengths of the spans are a uniformly
-random partition, and so are the lengths of what stands between; a row begins with text and ends with noise. Rows are
-cut longer than the context, so that what is left of them fills it.
+random partition of the noise, and so are the gaps between them; the gaps at both ends may be empty (in the paper's
+code a row begins with text and ends with noise, so that a row of one span always hides its end). Rows are cut longer
+than the context, so that what is left of them fills it.
 """
 
 from __future__ import annotations
@@ -125,10 +126,11 @@ class SpanCorruption(Objective):
     def _corrupt(self, text: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
         """(input_ids, targets), both ended by eos."""
         noise, spans = self._counts(text.size)
-        runs = np.empty(2 * spans, dtype=np.int64)
-        runs[0::2] = _partition(text.size - noise, spans, rng)
+        runs = np.empty(2 * spans + 1, dtype=np.int64)
+        runs[0::2] = _partition(text.size - noise + 2, spans + 1, rng)
+        runs[[0, -1]] -= 1
         runs[1::2] = _partition(noise, spans, rng)
-        hidden = np.repeat(np.arange(2 * spans) % 2 == 1, runs)
+        hidden = np.repeat(np.arange(2 * spans + 1) % 2 == 1, runs)
         begins = (np.cumsum(runs) - runs)[1::2]
         marked = text.copy()
         marked[begins] = self.sentinels[:spans]

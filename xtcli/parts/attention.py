@@ -34,7 +34,7 @@ class Heads(nn.Module):
     class Config(Config):
         """Sizes and scores of attention."""
 
-        heads: int = field("query heads", gt=0, tiny=4)
+        heads: int = field("query heads", gt=0, tiny=4, example=4)
         kv_heads: int | None = field("key/value heads; null = heads", None, gt=0)
         head_dim: int | None = field("width of a head; null = dim / heads", None, gt=0, tiny=16)
         bias: bool = field("adds biases to q, k and v", True)

@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
     class Config(Config):
         """A feed-forward network."""
 
-        hidden: int = field("inner width", gt=0, tiny=256)
+        hidden: int = field("inner width", gt=0, tiny=256, example=96)
         act: Activation = field("activation", "gelu")
         bias: bool = field("adds biases to all its linear layers", True)
         dropout: float = field("dropout on the inner activations", 0.0, ge=0, lt=1)

@@ -78,7 +78,7 @@ class Window(Mask):
     class Config(Config):
         """Keys at most `left` slots before and `right` slots after the query."""
 
-        left: int = field("slots before the query", ge=0, tiny=16)
+        left: int = field("slots before the query", ge=0, tiny=16, example=3)
         right: int = field("slots after the query", 0, ge=0, tiny=16)
         dilation: int = field("only every n-th slot of the band", 1, ge=1, tiny=2)
 
@@ -96,7 +96,7 @@ class All(Mask):
     class Config(Config):
         """Keys that every rule allows."""
 
-        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", min_length=1)
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1)
 
     @staticmethod
     def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Any(Mask):
     class Config(Config):
         """Keys that some rule allows."""
 
-        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", min_length=1)
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1)
 
     @staticmethod
     def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:

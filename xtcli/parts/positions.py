@@ -134,7 +134,9 @@ class Relative(nn.Module):
     class Config(Config):
         """Learned vectors of the distance, multiplied with queries."""
 
-        distance: int = field("longest distance that has its own vector; beyond it the last one serves", gt=0, tiny=127)
+        distance: int = field(
+            "longest distance that has its own vector; beyond it the last one serves", gt=0, tiny=127, example=5
+        )
         key_term: bool = field("keys score with the vector too", False)
         scaled: bool = field("these scores are divided by sqrt(head width) like the others", True)
 

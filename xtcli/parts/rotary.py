@@ -63,7 +63,7 @@ class LinearScaling(Scaling):
     class Config(Config):
         """Position interpolation."""
 
-        factor: float = field("how much longer the context becomes", gt=0)
+        factor: float = field("how much longer the context becomes", gt=0, example=2.0)
 
     @staticmethod
     def frequencies(config: Any, theta: float, width: int, context: int, length: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class DynamicScaling(Scaling):
     class Config(Config):
         """NTK-aware interpolation that starts beyond the context."""
 
-        factor: float = field("scaling factor s", gt=0)
+        factor: float = field("scaling factor s", gt=0, example=2.0)
 
     @staticmethod
     def frequencies(config: Any, theta: float, width: int, context: int, length: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ class WavelengthScaling(Scaling):
     class Config(Config):
         """Scaling by wavelength."""
 
-        factor: float = field("divides the frequencies of long waves", gt=0)
+        factor: float = field("divides the frequencies of long waves", gt=0, example=8.0)
         low: float = field("waves longer than original / low are scaled wholly", 1.0, gt=0)
         high: float = field("waves shorter than original / high are kept", 4.0, gt=0)
-        original: int = field("context of pretraining", gt=0)
+        original: int = field("context of pretraining", gt=0, example=16)
 
     @staticmethod
     def frequencies(config: Any, theta: float, width: int, context: int, length: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class YarnScaling(Scaling):
     class Config(Config):
         """YaRN."""
 
-        factor: float = field("how much longer the context becomes", gt=0)
+        factor: float = field("how much longer the context becomes", gt=0, example=2.0)
         original: int | None = field("context of pretraining; null = model.context", None, gt=0)
         fast: float = field("turns in the context above which a dimension is kept", 32.0, gt=0)
         slow: float = field("turns in the context below which a dimension is interpolated", 1.0, gt=0)
@@ -164,8 +164,8 @@ class LongRopeScaling(Scaling):
     class Config(Config):
         """LongRoPE."""
 
-        short: Annotated[tuple[float, ...], Strict(False)] = field("divisors up to the original context")
-        long: Annotated[tuple[float, ...], Strict(False)] = field("divisors beyond it")
+        short: Annotated[tuple[float, ...], Strict(False)] = field("divisors up to the original context", example=(1.0,) * 8)
+        long: Annotated[tuple[float, ...], Strict(False)] = field("divisors beyond it", example=(2.0,) * 8)
         original: int | None = field("context of pretraining; null = model.context", None, gt=0)
         factor: float | None = field("growth of the context, for the gain; null = context / original", None, gt=0)
         gain: float | None = field("multiplies cos and sin; null = from the factor", None, gt=0)
@@ -224,6 +224,8 @@ class Rotary(nn.Module):
                 raise Impossible(f"scaling.{name}", f"has {len(divisors)} divisors, the heads need {self.width // 2}")
         self.config, self.context = config, scope.context or 0
         self.static: bool = scaling.static  # type: ignore[attr-defined]
+        # Up to this length the frequencies of a scaling that is not static stay the same.
+        self.steady: int = getattr(config.scaling, "original", None) or self.context
         self.gain: float = scaling.gain(config.scaling, self.context)  # type: ignore[attr-defined]
 
     def tables(self, ctx: Ctx, dtype: torch.dtype) -> Turn:

@@ -53,7 +53,7 @@ class Softcap(Score):
     class Config(Config):
         """Softmax over bounded scores."""
 
-        cap: float = field("bound of the scores", gt=0)
+        cap: float = field("bound of the scores", gt=0, example=5.0)
 
     @staticmethod
     def weights(config: Any, scores: Tensor, hidden: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 PRESET = "preset.yaml"
 TRAINER = "trainer"
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
 class Savable(Protocol):
@@ -154,7 +154,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by step, whole or not."""
     folder = run / CHECKPOINTS
     found = {step_of(path): path for path in folder.iterdir()} if folder.is_dir() else {}
-    return {step: path for step, path in sorted((s, p) for s, p in found.items() if s is not None)}
+    return dict(sorted((step, path) for step, path in found.items() if step is not None))
 
 
 def step_of(path: Path) -> int | None:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,29 @@ from typing import Any
 import numpy
 import torch
 
-PACKAGES = ("xtcli", "torch", "numpy", "safetensors", "tokenizers", "datasets", "triton")
-DECISIVE = ("python", "packages", "platform", "cpu", "threads", "devices", "deterministic", "data", "tokenizer")
+PACKAGES = ("xt-transformers", "torch", "numpy", "safetensors", "tokenizers", "datasets", "triton")
+DECISIVE = (
+    "python",
+    "packages",
+    "platform",
+    "cpu",
+    "threads",
+    "devices",
+    "deterministic",
+    "chosen",
+    "data",
+    "tokenizer",
+)
 """The entries of which a change can change a loss."""
 
 
-def describe(*, seed: int, data: str | None = None, tokenizer: str | None = None) -> dict[str, Any]:
-    """Versions, machine, threads, source commit, seed and the digests of data and tokenizer, as JSON values."""
+def describe(
+    *, seed: int, chosen: Mapping[str, Any] | None = None, data: str | None = None, tokenizer: str | None = None
+) -> dict[str, Any]:
+    """Versions, machine, threads, source commit, seed and the digests of data and tokenizer, as JSON values.
+
+    `chosen` is what the preset left to the machine: device, precision, micro-batch ...
+    """
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -35,6 +52,7 @@ def describe(*, seed: int, data: str | None = None, tokenizer: str | None = None
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "mps": torch.backends.mps.is_available(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "chosen": dict(chosen or {}),
         "commit": _commit(),
         "seed": seed,
         "data": data,

@@ -125,11 +125,14 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         if path.stat().st_size > MANIFEST_LIMIT:
             raise Damaged(folder, MANIFEST, f"larger than {MANIFEST_LIMIT} bytes")
-        document = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        document = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(folder, MANIFEST, "missing, so the folder was never finished") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(folder, MANIFEST, f"not JSON ({error})") from None
+    if not text.endswith(b"\n"):
+        raise Damaged(folder, MANIFEST, "cut short")
     try:
         version = document["version"]
         files = {name: Entry(**entry) for name, entry in document["files"].items()}

@@ -37,7 +37,7 @@ from xtcli.runs.checkpoint import (
 )
 from xtcli.runs.environment import changes
 from xtcli.runs.folder import clean, make_folder, sync_folder, write_atomically
-from xtcli.runs.metrics import Metrics
+from xtcli.runs.metrics import ABANDONED, Metrics
 from xtcli.runs.state import TrainerState
 
 RUNS = Path("runs")
@@ -115,7 +115,7 @@ class Run:
         if aside:
             self.notes.append(f"checkpoints after step {step} are now {', '.join(aside)}")
         if lines:
-            self.notes.append(f"{lines} lines of metrics after step {step} are now in metrics.abandoned.jsonl")
+            self.notes.append(f"lines of metrics after step {step} ({lines}) are now in {ABANDONED}")
 
     def resumed(self, step: int, command: Sequence[str], environment: dict[str, Any]) -> list[str]:
         """Record a resume at `step`; returns what differs from the machine and data that the run started with."""

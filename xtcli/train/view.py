@@ -2,7 +2,7 @@
 
 Both show the same measures, each under its key in the line of metrics:
 
-    loss, val_loss   nats per target      lr          learning rate       tok_s     targets per second
+    loss, val_loss   nats per target      lr          learning rate       tok_s     tokens per second
     grad_norm        before clipping      mfu         share of peak       memory    bytes, peak
     losses           by head              eta         seconds left        best      lowest val_loss so far
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -159,7 +159,7 @@ class LiveView:
 def measures(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The measures in a line of metrics as text with units, in the order they are shown; what is absent is left out."""
     heads = ", ".join(f"{head} {value:.4f}" for head, value in metrics.get("losses", {}).items())
-    formats = {
+    formats: dict[str, Callable[[Any], str]] = {
         "loss": lambda value: f"loss {value:.4f} nats" + (f" ({heads})" if heads else ""),
         "lr": lambda value: f"lr {value:.2e}",
         "grad_norm": lambda value: f"gradient norm {value:.3f}",

@@ -1,0 +1,111 @@
+"""The command `xt`: a table of commands, imported when they are called, and the boundary where errors become words.
+
+A command is one line of COMMANDS and one module with a function `command`, annotated for Typer. Only the
+command that runs, or whose own --help is asked for, is imported; so `xt --help` and completion cost no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated, Any, NamedTuple, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from xtcli.errors import EXIT_INTERRUPTED, UserError
+
+MAX_SHOWN = 50
+"""Mistakes printed at most; the rest is counted."""
+
+
+class Entry(NamedTuple):
+    """Where a command's function `command` is, and what `xt --help` says of it."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Entry("xtcli.commands.train", "Train a preset, or go on with a run."),
+    "generate": Entry("xtcli.commands.generate", "Continue, fill or map a text with a trained model."),
+    "build": Entry("xtcli.commands.build", "Write a preset's model with fresh weights."),
+    "inspect": Entry("xtcli.commands.inspect", "List presets; show what one is and where each value comes from."),
+}
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command in listings; becomes the real one when its arguments are parsed."""
+
+    def __init__(self, name: str, entry: Entry) -> None:
+        super().__init__(name, help=entry.help)
+        self.module = entry.module
+
+    def load(self) -> Any:
+        """The real command."""
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
+        app.command(self.name)(importlib.import_module(self.module).command)
+        return typer.main.get_command(app)
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """Parse the arguments with the real command."""
+        return self.load().make_context(info_name, args, parent=parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """The commands of COMMANDS."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: LazyCommand(name, entry) for name, entry in COMMANDS.items()}
+
+
+app = typer.Typer(
+    name="xt",
+    cls=LazyGroup,
+    help="Describe, train, generate from, convert and measure any documented transformer.",
+    epilog="A first run: xt train gpt2-nano",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from xtcli import __version__
+
+        print(f"xt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _xt(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def report(error: UserError) -> None:
+    """Print each mistake as one line on stderr."""
+    for problem in error.problems[:MAX_SHOWN]:
+        text = str(problem) if problem.place else f"xt: {problem}"
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)
+    if len(error.problems) > MAX_SHOWN:
+        print(f"xt: {len(error.problems) - MAX_SHOWN} more mistakes", file=sys.stderr)
+
+
+def main() -> NoReturn:
+    """Run `xt` and leave with its exit code: 2 for the user's mistakes, 130 for Ctrl-C, 1 with a traceback for ours."""
+    try:
+        app()
+    except UserError as error:
+        report(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)

@@ -1,0 +1,83 @@
+"""xt train: train a preset, or go on with a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    target: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset (file or name), or a run to resume.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Changes to the preset, by dotted path.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="One of the preset's sizes.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The same structure at a laptop's size.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<preset>.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every line of metrics on stdout as JSON.")] = False,
+) -> None:
+    """Train PRESET from fresh weights, or resume RUN from its newest checkpoint.
+
+    Ctrl-C and SIGTERM save a checkpoint and print the command that resumes. The run's folder is printed last.
+    """
+    from xtcli.errors import refuse
+    from xtcli.runs.run import is_run
+    from xtcli.train import start
+
+    changes = list(overrides or [])
+    resuming = is_run(Path(target))
+    if resuming and (size or tiny or out):
+        raise refuse("--size, --tiny and --out belong to a new run", "leave them out to resume", place=target)
+
+    def record(line: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(line), flush=True)
+
+    if dry_run:
+        _plan(target, changes, size, tiny, as_json)
+        return
+    if resuming:
+        code, path = start.resume(Path(target), changes, command=start.command_line(), record=record, talk=_talk)
+    else:
+        from xtcli.config.preset import load_preset
+
+        resolved = load_preset(target, changes, size=size, tiny=tiny)
+        code, path = start.new(resolved, out=out, command=start.command_line(), record=record, talk=_talk)
+    if not as_json:
+        print(path)
+    _next(code, path)
+    if code:
+        raise typer.Exit(code)
+
+
+def _plan(target: str, changes: list[str], size: str | None, tiny: bool, as_json: bool) -> None:
+    from xtcli.config.preset import load_preset
+    from xtcli.train.job import make_job
+    from xtcli.train.start import describe
+
+    job = make_job(load_preset(target, changes, size=size, tiny=tiny), _talk)
+    text = describe(job)
+    if as_json:
+        print(json.dumps(text))
+    else:
+        for name, value in text.items():
+            print(f"{name:>11}  {value}")
+    _talk(f"next: xt train {target}")
+
+
+def _next(code: int, path: Path) -> None:
+    from xtcli.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        _talk(f"stopped and saved; resume with: xt train {path}")
+    elif code == 0:
+        _talk(f'next: xt generate --ckpt {path} --prompt "..."')
+
+
+def _talk(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,153 @@
+"""Shell completion of presets, sizes and dotted keys, from YAML and schema.json alone: no torch, no pydantic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from xtcli.config import library
+from xtcli.config.document import read
+from xtcli.errors import UserError
+
+Choice = tuple[str, str]
+"""What the shell may insert, and its help."""
+
+
+def complete_preset(incomplete: str) -> list[Choice]:
+    """Names of shipped presets; preset files and run folders when a path was begun."""
+    if "/" in incomplete or incomplete.startswith("."):
+        base = Path(incomplete).expanduser() if incomplete.endswith("/") else Path(incomplete).expanduser().parent
+        found = sorted(base.iterdir()) if base.is_dir() else []
+        head = incomplete[: incomplete.rfind("/") + 1]
+        fits = [item for item in found if item.is_dir() or item.suffix in library.SUFFIXES]
+        return [(f"{head}{item.name}{'/' if item.is_dir() else ''}", "") for item in fits if item.name[0] != "."]
+    return [(entry.name, entry.title) for entry in library.list_presets() if entry.name.startswith(incomplete)]
+
+
+def complete_size(ctx: Any, incomplete: str) -> list[str]:
+    """Sizes of the preset that the command line names."""
+    file = _preset(ctx)
+    return [size for size in library.entry(file).sizes if size.startswith(incomplete)] if file else []
+
+
+def complete_override(ctx: Any, incomplete: str) -> list[Choice]:
+    """Dotted keys of the preset that the command line names, level by level, and values where they are words."""
+    file = _preset(ctx)
+    if file is None:
+        return []
+    dotted, equals, begun = incomplete.partition("=")
+    path = dotted.split(".")
+    place = Place(_schema(), _schema(), raw_tree(file))
+    for key in path if equals else path[:-1]:
+        found = place.child(key)
+        if found is None:
+            return []
+        place = found
+    if equals:
+        return [(f"{dotted}={word}", "") for word in place.words() if word.startswith(begun)]
+    head = "".join(f"{key}." for key in path[:-1])
+    choices = []
+    for key in place.below():
+        below = place.child(key)
+        if key.startswith(path[-1]) and below is not None:
+            choices.append((f"{head}{key}{'.' if next(below.below(), None) else '='}", below.meaning()))
+    return choices
+
+
+def _preset(ctx: Any) -> Path | None:
+    ref = (getattr(ctx, "params", None) or {}).get("preset")
+    try:
+        return library.find(ref) if isinstance(ref, str) else None
+    except UserError:
+        return None
+
+
+@cache
+def _schema() -> Any:
+    file = library.folder() / "schema.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def raw_tree(file: Path, depth: int = 0) -> Any:
+    """A file's YAML over that of the files it extends; what cannot be read is left out."""
+    try:
+        tree = read(file).tree
+        if not isinstance(tree, dict) or depth > 10:
+            return {}
+        base = tree.pop("extends", None)
+        ref = base.get("preset") if isinstance(base, dict) else base
+        below = raw_tree(library.find(ref, file.parent), depth + 1) if isinstance(ref, str) else {}
+    except UserError:
+        return {}
+    return _over(below, tree)
+
+
+def _over(below: Any, above: Any) -> Any:
+    if (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and above.get("kind", below.get("kind")) == below.get("kind")
+    ):
+        return below | {key: _over(below.get(key), value) for key, value in above.items()}
+    return above
+
+
+class Place:
+    """One place in the schema, beside what the preset holds there."""
+
+    def __init__(self, root: Any, schema: Any, raw: Any) -> None:
+        self.root, self.schema, self.raw = root, schema, raw
+
+    def _variants(self, schema: Any) -> Iterator[Any]:
+        """The schemas that this one stands for, those of another kind left out."""
+        if "$ref" in schema:
+            yield from self._variants(self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
+            return
+        for item in schema.get("anyOf", ()):
+            yield from self._variants(item)
+        wanted = self.raw.get("kind") if isinstance(self.raw, Mapping) else self.raw
+        const = schema.get("properties", {}).get("kind", {}).get("const")
+        if "anyOf" not in schema and (const is None or const == wanted):
+            yield schema
+
+    def below(self) -> Iterator[str]:
+        """Keys below, those that the preset has first."""
+        seen = dict.fromkeys(self.raw) if isinstance(self.raw, Mapping) else {}
+        for variant in self._variants(self.schema):
+            seen |= dict.fromkeys(variant.get("properties", ()))
+        if self.schema is self.root:
+            for key in ("version", "about", "extends", "size", "sizes", "expect"):
+                seen.pop(key, None)
+        yield from seen
+
+    def child(self, key: str) -> Place | None:
+        """The place below a key, or None."""
+        raw = self.raw.get(key) if isinstance(self.raw, Mapping) else None
+        for variant in self._variants(self.schema):
+            below = variant.get("properties", {}).get(key, variant.get("additionalProperties"))
+            if isinstance(below, Mapping):
+                default = below.get("default")
+                return Place(self.root, below, default if raw is None else raw)
+        return None
+
+    def words(self) -> Iterator[str]:
+        """The words that a value may be."""
+
+        def visit(schema: Any) -> Iterator[str]:
+            if "$ref" in schema:
+                yield from visit(self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
+            for item in schema.get("anyOf", ()):
+                yield from visit(item)
+            yield from schema.get("enum", ())
+            yield from [schema["const"]] if "const" in schema else []
+            yield from ("true", "false") if schema.get("type") == "boolean" else ()
+            yield from ("null",) if schema.get("type") == "null" else ()
+
+        yield from dict.fromkeys(word for word in visit(self.schema) if isinstance(word, str))
+
+    def meaning(self) -> str:
+        """The field's description."""
+        return str(self.schema.get("description", ""))

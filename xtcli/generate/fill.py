@@ -1,0 +1,100 @@
+"""Filling masks: what a model that reads both ways expects in each hidden place.
+
+    p(token | everything else), one softmax for each mask; several masks are filled independently
+
+A mask is written as the tokenizer's own mask token or as [MASK]. Tokenizers that put the space into the
+word behind it read "a [MASK]" as a word and a mask, as in training, so the space before a mask is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xtcli.errors import Problem, UserError, refuse
+from xtcli.generate.prompts import Prompt, Reach, named, padded_right, role, too_long
+from xtcli.objectives.base import Tokenizer
+from xtcli.parts.graphs import Graph
+
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token for a mask."""
+
+    token: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A prompt with its best guesses in place, and all guesses of each mask, the likeliest first."""
+
+    prompt: str
+    text: str
+    masks: list[list[Guess]]
+
+
+def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, mask_text: str) -> list[Prompt]:
+    """Prompts with masks; raises UserError for those without one or too long."""
+    mask = role(tokenizer, "mask")
+    if mask is None:
+        raise refuse("the tokenizer has no mask token, so there is nothing to fill", "use a model trained with one")
+    front, back = ([] if (id := role(tokenizer, name)) is None else [id] for name in ("cls", "sep"))
+    prompts, wrong = [], []
+    for number, text in enumerate(texts):
+        pieces = pieces_of(tokenizer, text, mask_text)
+        if len(pieces) == 1:
+            wrong.append(Problem("has no mask", named(number, texts), remedy=f"write {mask_text} for what is to be filled"))
+        ids = [*front, *tokenizer.encode(pieces[0])]
+        for piece in pieces[1:]:
+            ids += [mask, *tokenizer.encode(piece)]
+        ids += back
+        if reach.tokens is not None and len(ids) > reach.tokens:
+            wrong.append(too_long(number, texts, len(ids), reach))
+        prompts.append(Prompt(number, text, ids))
+    if wrong:
+        raise UserError(*wrong)
+    return prompts
+
+
+def pieces_of(tokenizer: Tokenizer, text: str, mask_text: str) -> list[str]:
+    """The text between the masks."""
+    space = " ?" if len(tokenizer.encode(" a")) == 1 else ""
+    masks = "|".join(re.escape(mask) for mask in dict.fromkeys((mask_text, MASK)))
+    return re.split(f"{space}(?:{masks})", text)
+
+
+def fill(model: Graph, head: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], top: int) -> list[Filled]:
+    """The `top` likeliest tokens for every mask of every prompt."""
+    mask_id = tokenizer.special["mask"]
+    ids, real = padded_right([prompt.ids for prompt in prompts], model.device)
+    hidden = model.hidden(input_ids=ids, attention_mask=real)
+    places = (ids == mask_id) if real is None else (ids == mask_id) & real
+    logits = head.logits(hidden.states[places], hidden.table).float()[:, : tokenizer.vocab]
+    if not bool(logits.isfinite().all()):
+        raise refuse("the model's logits are not numbers", "its weights are damaged, or try --dtype fp32")
+    best = logits.softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    counts = places.sum(1).tolist()
+    answers = []
+    for prompt, count in zip(prompts, counts, strict=True):
+        masks = []
+        for tokens, values in (next(rows) for _ in range(count)):
+            masks.append([Guess(t, tokenizer.decode([t]), p) for t, p in zip(tokens, values, strict=True)])
+        written = iter(masks)
+        whole = [next(written)[0].token if id == mask_id else id for id in prompt.ids]
+        answers.append(Filled(prompt.text, spoken(tokenizer, whole), masks))
+    return answers
+
+
+def spoken(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids without what frames it."""
+    frame = {id for name, id in tokenizer.special.items() if name in ("cls", "sep", "pad", "bos", "eos")}
+    return tokenizer.decode([id for id in ids if id not in frame])

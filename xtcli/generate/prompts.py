@@ -1,0 +1,150 @@
+"""From texts to rows of tokens: what frames them, how long they may become, which go together.
+
+A text is framed as training framed it:
+
+    decoder           bos in front, where the tokenizer has one that is not its eos too
+    encoder-decoder   bos (or cls) in front, eos (or sep) behind
+    encoder           cls in front, sep behind
+
+Rows of one batch are padded on the left, so that every row's next token falls into the same slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xtcli.errors import Problem, UserError
+from xtcli.objectives.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in tokens. `budget` new tokens at most; `bounded` where the context allows no more."""
+
+    number: int
+    text: str
+    ids: list[int]
+    budget: int = 0
+    bounded: bool = False
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The longest text: `hard` tokens have positions, `soft` were planned for; None is no limit."""
+
+    hard: int | None
+    soft: int | None
+
+    @property
+    def tokens(self) -> int | None:
+        """The nearer of the two."""
+        return min((limit for limit in (self.hard, self.soft) if limit is not None), default=None)
+
+    def remedy(self, shorten: str) -> str:
+        """What can be done about a text that is longer."""
+        if self.soft is not None and (self.hard is None or self.hard > self.soft):
+            return f"{shorten}, or allow more with --past-context"
+        return shorten
+
+
+def framed(tokenizer: Tokenizer, text: str, front: Sequence[int], back: Sequence[int]) -> list[int]:
+    """The ids of a text between what frames it."""
+    return [*front, *tokenizer.encode(text), *back]
+
+
+def role(tokenizer: Tokenizer, *roles: str) -> int | None:
+    """The id of the first of these roles that the tokenizer has."""
+    return next((tokenizer.special[name] for name in roles if name in tokenizer.special), None)
+
+
+def to_continue(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, most: int) -> list[Prompt]:
+    """Prompts of a decoder; raises UserError for those that leave no room or nothing to go on from."""
+    bos, eos = role(tokenizer, "bos"), role(tokenizer, "eos")
+    front = [] if bos is None or bos == eos else [bos]
+    opening = next(([token] for token in (bos, eos) if token is not None), [])
+    prompts, wrong = [], []
+    for number, text in enumerate(texts):
+        ids = framed(tokenizer, text, front, []) or opening
+        if not ids:
+            cause = "is empty, and the tokenizer has no token that begins a text"
+            wrong.append(Problem(cause, named(number, texts), remedy="give some text"))
+            continue
+        room = most if reach.tokens is None else reach.tokens - len(ids)
+        if room < 1:
+            wrong.append(too_long(number, texts, len(ids), reach, "and leaves no room for a new one; "))
+        prompts.append(Prompt(number, text, ids, min(room, most), room < most))
+    if wrong:
+        raise UserError(*wrong)
+    return prompts
+
+
+def to_read(
+    tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, front: Sequence[int], back: Sequence[int]
+) -> list[Prompt]:
+    """Prompts of an encoder; raises UserError for those that are empty or too long."""
+    prompts, wrong = [], []
+    for number, text in enumerate(texts):
+        ids = framed(tokenizer, text, front, back)
+        if len(ids) == len(front) + len(back):
+            wrong.append(Problem("is empty", named(number, texts), remedy="give some text"))
+        if reach.tokens is not None and len(ids) > reach.tokens:
+            wrong.append(too_long(number, texts, len(ids), reach))
+        prompts.append(Prompt(number, text, ids))
+    if wrong:
+        raise UserError(*wrong)
+    return prompts
+
+
+def named(number: int, texts: Sequence[str]) -> str:
+    """How messages call a prompt."""
+    return "the prompt" if len(texts) == 1 else f"prompt {number + 1}"
+
+
+def too_long(number: int, texts: Sequence[str], size: int, reach: Reach, more: str = "") -> Problem:
+    """A prompt that does not fit."""
+    cause = f"has {size:,} tokens, {more}the model takes {reach.tokens:,}"
+    return Problem(cause, named(number, texts), remedy=reach.remedy("shorten it"))
+
+
+def check_ids(prompts: Sequence[Prompt], rows: int) -> None:
+    """Raise UserError when a tokenizer gave ids that the token table of `rows` rows lacks."""
+    largest = max(max(prompt.ids) for prompt in prompts)
+    if largest >= rows:
+        cause = f"the tokenizer gives id {largest:,}, the model knows ids below {rows:,}"
+        raise UserError(Problem(cause, remedy="use the tokenizer that the model was trained with"))
+
+
+def grouped(prompts: Sequence[Prompt], hard: int | None, most: int) -> Iterator[list[Prompt]]:
+    """Batches of at most `most` prompts, in which padding costs no row a token that it would have alone."""
+    waiting = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    while waiting:
+        width = len(waiting[0].ids)
+        fits = [p for p in waiting if hard is None or width + p.budget <= hard][: max(most, 1)]
+        taken = {prompt.number for prompt in fits}
+        waiting = [prompt for prompt in waiting if prompt.number not in taken]
+        yield fits
+
+
+def padded_left(rows: Sequence[Sequence[int]], capacity: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, capacity), rows ending in the same slot, and the padding (B, 1) before each, None without any."""
+    width = max(len(row) for row in rows)
+    table = torch.zeros(len(rows), capacity, dtype=torch.long)
+    for at, row in enumerate(rows):
+        table[at, width - len(row) : width] = torch.tensor(row)
+    pads = torch.tensor([[width - len(row)] for row in rows])
+    return table.to(device), pads.to(device) if bool(pads.any()) else None
+
+
+def padded_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T), rows beginning in the same slot, and the mask of real tokens, None without padding."""
+    width = max(len(row) for row in rows)
+    table = torch.zeros(len(rows), width, dtype=torch.long)
+    for at, row in enumerate(rows):
+        table[at, : len(row)] = torch.tensor(row)
+    sizes = torch.tensor([[len(row)] for row in rows])
+    mask = torch.arange(width) < sizes
+    return table.to(device), None if bool(mask.all()) else mask.to(device)

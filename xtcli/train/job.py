@@ -1,0 +1,156 @@
+"""Everything a training run needs, made from a resolved preset: data, objective, model, plan.
+
+Order matters for the user's patience: the config is checked against a skeleton on the meta device
+before any text is read, text is tokenised before any memory is taken, and the disk and memory are
+looked at before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from xtcli.config.preset import Resolved
+from xtcli.data.batch import Batch
+from xtcli.data.loader import validation_batches
+from xtcli.errors import Problem, UserError, did_you_mean, refuse
+from xtcli.model import Model, skeleton
+from xtcli.parts.graphs import Graph
+from xtcli.registry import part_of
+from xtcli.train.device import Place, choose
+from xtcli.train.optim import optimizer_bytes
+from xtcli.train.plan import Plan, make_plan
+
+DEFAULT_CONTEXT = 512
+"""Tokens of a training sequence where neither the preset nor the model bounds it."""
+
+
+@dataclass
+class Job:
+    """What the loop works with. `validation` is None where nothing is held out."""
+
+    resolved: Resolved
+    place: Place
+    tokenizer: Any
+    store: Any
+    objective: Any
+    validation: Any
+    skeleton: Graph
+    plan: Plan
+    checkpoint_bytes: int
+
+    @property
+    def config(self) -> Any:
+        """The train section."""
+        return self.resolved.preset.train
+
+    def validation_batches(self) -> Any:
+        """The fixed batches of one validation, in micro-batches."""
+        rows = min(self.plan.micro_batch, len(self.validation))
+        limit = -(-self.config.validate_batches * self.plan.batch // rows)
+        return validation_batches(self.validation, batch=rows, limit=limit)
+
+
+def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
+    """Check, read and plan; raises UserError for whatever stands in the way. Takes no weights into memory."""
+    preset = resolved.preset
+    config = preset.train
+    place = choose(config)
+    model = skeleton(resolved)
+    kind = part_of(preset.objective)
+    _heads_fit(kind, model, resolved)
+    from xtcli.data.prepare import prepare
+
+    tokenizer, store = prepare(preset.data, preset.tokenizer, seed=config.seed, columns=kind.streams)  # type: ignore[attr-defined]
+    _vocab_fits(tokenizer, resolved)
+    context = _context(resolved, model)
+    options: dict[str, Any] = {"context": context, "seed": config.seed, "start": _start(model, tokenizer)}
+    objective = kind(preset.objective, store.split("train"), tokenizer, **options)
+    held_out = store.split("validation")
+    validation = None
+    if any(len(stream) for stream in held_out.streams.values()):
+        validation = kind(preset.objective, held_out, tokenizer, validation=True, **options)
+    talk(objective.describe())
+    rows = np.zeros(config.batch, dtype=np.int64)
+    batch: Batch = objective.batch(np.arange(config.batch, dtype=np.int64) % len(objective), rows)
+    plan = make_plan(
+        model,
+        batch,
+        dtype=place.dtype,
+        micro_batch=config.micro_batch,
+        checkpointing=config.checkpointing,
+        free=place.free(),
+    )
+    size = 4 * plan.parameters + optimizer_bytes(model)
+    return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size)
+
+
+def _heads_fit(kind: Any, model: Graph, resolved: Resolved) -> None:
+    """The objective's targets must have heads that answer them."""
+    wanted = kind.heads_of(resolved.preset.objective)
+    missing = [head for head in wanted if head not in model.heads]
+    if missing:
+        have = ", ".join(model.heads) or "none"
+        raise UserError(
+            Problem(
+                f"objective '{resolved.preset.objective.kind}' needs the head '{missing[0]}'; the model has: {have}",
+                resolved.place("objective"),
+                "objective",
+                f"add it under model.heads, or {did_you_mean(missing[0], model.heads)}",
+            )
+        )
+
+
+def _vocab_fits(tokenizer: Any, resolved: Resolved) -> None:
+    vocab = resolved.preset.model.vocab  # type: ignore[attr-defined]
+    if tokenizer.vocab > vocab:
+        raise refuse(
+            f"the tokenizer has {tokenizer.vocab:,} ids, the model {vocab:,} rows",
+            f"set model.vocab={tokenizer.vocab} or a smaller tokenizer.vocab",
+            place=resolved.place("model.vocab"),
+            path="model.vocab",
+        )
+
+
+def _context(resolved: Resolved, model: Model) -> int:
+    asked = resolved.preset.train.context
+    limit = model.context
+    learned = min((m.limit for m in model.modules() if isinstance(getattr(m, "limit", None), int)), default=None)
+    if asked is not None and learned is not None and asked > learned:
+        raise refuse(
+            f"sequences of {asked} tokens do not fit into {learned} positions",
+            f"set train.context to {learned} or less, or raise model.context",
+            place=resolved.place("train.context"),
+            path="train.context",
+        )
+    return asked or limit or DEFAULT_CONTEXT
+
+
+def _start(model: Model, tokenizer: Any) -> int | None:
+    """The id that a decoder's text starts with: the model's, else the tokenizer's bos or pad."""
+    configured = getattr(model, "start", None)
+    special = tokenizer.special
+    return configured if configured is not None else special.get("bos", special.get("pad"))
+
+
+def with_weights(job: Job, weights: dict[str, torch.Tensor] | None) -> Model:
+    """The model in memory on its device: fresh weights from the seed, or the given ones."""
+    from xtcli.model import build
+
+    seed = job.config.seed
+    if weights is None:
+        return build(job.resolved, seed=seed, device="cpu").to(job.place.device)
+    model = skeleton(job.resolved).to_empty(device=job.place.device)
+    with torch.no_grad():
+        model.load_state_dict(weights, strict=True)
+    return model
+
+
+def complete(resolved: Resolved, **train: Any) -> Resolved:
+    """The preset with settings of `train` replaced by what was settled."""
+    preset = resolved.preset
+    return replace(resolved, preset=preset.model_copy(update={"train": preset.train.model_copy(update=train)}))

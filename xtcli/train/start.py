@@ -1,0 +1,170 @@
+"""Starting and resuming: from a preset or a run folder to a finished, stopped or refused run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtcli.config.preset import Resolved, load_preset
+from xtcli.errors import Problem, UserError
+from xtcli.model import Model
+from xtcli.registry import tree
+from xtcli.runs import environment
+from xtcli.runs.checkpoint import load_checkpoint, step_of
+from xtcli.runs.metrics import read_metrics
+from xtcli.runs.run import Run, check_disk
+from xtcli.runs.state import restore
+from xtcli.train.job import Job, complete, make_job, with_weights
+from xtcli.train.loop import Trainer, logged
+from xtcli.train.plan import gib, lines
+from xtcli.train.signals import Stopper
+from xtcli.train.transforms import checkpoint_blocks, compile_blocks
+from xtcli.train.view import View, make_view
+
+Record = Callable[[dict[str, Any]], None]
+
+FIXED = ("model", "objective", "tokenizer", "data", "train.seed", "train.context", "train.batch")
+"""What a resumed run cannot change: other weights, other text or another order of it."""
+
+
+def describe(job: Job) -> dict[str, str]:
+    """The plan of a run as label -> figure."""
+    place, config = job.place, job.config
+    free = place.free()
+    text = dict(lines(job.plan, job.checkpoint_bytes, f"{place.name}, {place.precision}", free))
+    text["objective"] = job.objective.describe()
+    text["data"] = job.store.report()
+    text["steps"] = f"{config.steps:,}, {config.steps * job.plan.tokens:,} tokens in all"
+    return text
+
+
+def new(
+    resolved: Resolved, *, out: Path | None, command: Sequence[str], record: Record, talk: Callable[[str], None]
+) -> tuple[int, Path]:
+    """Train a preset from fresh weights; returns the exit code and the run's folder."""
+    job = make_job(resolved, talk)
+    talk(check_disk(out or Path("runs") / resolved.name, job.checkpoint_bytes, job.config.keep, best=job.config.keep_best))
+    with Stopper() as stopper:
+        run = Run.create(
+            resolved.name,
+            preset_yaml=resolved.to_yaml(),
+            command=command,
+            environment=_environment(job),
+            out=out,
+        )
+        with run:
+            view = make_view(job.config.steps)
+            trainer = _trainer(job, None, run, view, record)
+            return _go(trainer, stopper), run.path
+
+
+def resume(
+    path: Path, overrides: Sequence[str], *, command: Sequence[str], record: Record, talk: Callable[[str], None]
+) -> tuple[int, Path]:
+    """Go on with a run from its newest whole checkpoint, or from its beginning when it has none yet."""
+    with Stopper() as stopper, Run.open(path) as run:
+        resolved = _changed(path, overrides, talk)
+        job = make_job(resolved, talk)
+        started = any((path / "checkpoints").glob("step-*"))
+        weights, state, step = None, None, 0
+        if started:
+            folder = run.newest()
+            loaded = load_checkpoint(folder, trainer=True)
+            weights, state, step = loaded.weights, loaded.trainer, step_of(folder) or 0
+        run.rewind(step)
+        for difference in run.resumed(step, command, _environment(job)):
+            talk(f"not the same as at the start: {difference}")
+        view = make_view(job.config.steps)
+        trainer = _trainer(job, weights, run, view, record)
+        if state is not None:
+            for note in restore(trainer.parts, state):
+                talk(note)
+            trainer.done = logged(read_metrics(path), step)
+            trainer.done.saved = trainer.done.sampled = step
+        talk(f"resuming {path} at step {step} of {job.config.steps:,}")
+        return _go(trainer, stopper), run.path
+
+
+def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: View, record: Record) -> Trainer:
+    def log(line: dict[str, Any]) -> None:
+        run.metrics.append(line)
+        record(line)
+
+    config = job.config
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.manual_seed(config.seed)
+    model: Model = with_weights(job, weights)
+    if config.checkpointing:
+        checkpoint_blocks(model)
+    if config.compile is True or (config.compile == "auto" and job.place.device.type == "cuda"):
+        compile_blocks(model)
+    for note in run.notes:
+        view.message(note)
+    return Trainer(job, model, run, view, log)
+
+
+def _go(trainer: Trainer, stopper: Stopper) -> int:
+    job, view = trainer.job, trainer.view
+    view.start("\n".join(f"{name:>11}  {value}" for name, value in describe(job).items()))
+    try:
+        return trainer.train(stopper)
+    except torch.OutOfMemoryError:
+        raise _out_of_memory(trainer) from None
+    finally:
+        view.close()
+
+
+def _out_of_memory(trainer: Trainer) -> UserError:
+    plan, place = trainer.job.plan, trainer.place
+    used, total = place.memory()
+    smaller = max(plan.micro_batch // 2, 1)
+    return UserError(
+        Problem(
+            f"out of memory on {place.name}: {gib(used)} in use of {gib(total)}, planned {gib(plan.peak)}",
+            remedy=f"set train.micro_batch={smaller}, or train.checkpointing=true, or a smaller train.context",
+        )
+    )
+
+
+def _changed(path: Path, overrides: Sequence[str], talk: Callable[[str], None]) -> Resolved:
+    """The run's preset with the named changes; refuses those that a resumed run cannot honour."""
+    before = load_preset(path)
+    if not overrides:
+        return before
+    after = load_preset(path, overrides)
+    changes = dict(_differences(tree(before.preset), tree(after.preset)))
+    problems = []
+    for name, (old, new) in changes.items():
+        if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):
+            cause = f"cannot change in a resumed run (it is {old!r}, not {new!r})"
+            problems.append(Problem(cause, after.place(name), name, "start a new run"))
+        else:
+            talk(f"changed: {name} {old!r} -> {new!r}")
+    if problems:
+        raise UserError(*problems)
+    return after
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[tuple[str, tuple[Any, Any]]] = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [(path, (old, new))]
+
+
+def _environment(job: Job) -> dict[str, Any]:
+    return environment.describe(seed=job.config.seed, data=job.store.digest, tokenizer=job.tokenizer.digest)
+
+
+def command_line() -> list[str]:
+    """How this process was called, with `xt` for the program."""
+    return ["xt", *sys.argv[1:]]
+
+
+__all__ = ["command_line", "complete", "describe", "new", "resume"]
