@@ -35,7 +35,7 @@ unix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and signal
 OPERATIONS = [
     (os, name) for name in ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "chmod", "fdopen")
 ]
-OPERATIONS += [(builtins, "open"), (io, "open"), (tensors, "save_file")]  # type: ignore[list-item]
+OPERATIONS += [(builtins, "open"), (io, "open"), (tensors, "save_file")]
 
 
 @contextmanager
@@ -131,17 +131,15 @@ def test_killed_at_every_operation(first: Path, operations: list[str], tmp_path:
 
 
 @unix
-def test_killed_inside_a_write(first: Path, operations: list[str], tmp_path: Path) -> None:
+def test_killed_inside_a_write(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def torn(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half")
         os._exit(77)
 
     shutil.copytree(first, tmp_path / "run")
-    real, tensors.save_file = tensors.save_file, torn
-    try:
-        assert forked(lambda: save_second(tmp_path / "run")) == 77
-    finally:
-        tensors.save_file = real
+    monkeypatch.setattr(tensors, "save_file", torn)
+    assert forked(lambda: save_second(tmp_path / "run")) == 77
+    monkeypatch.undo()
     assert check_intact(tmp_path / "run") == 1
 
 

@@ -33,11 +33,10 @@ class Scan(nn.Module):
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.ModuleDict({"table": nn.Embedding(7, 4), "norm": nn.LayerNorm(4), "scan": Scan(), "head": nn.Linear(4, 7)})
-    head = net["head"]
-    assert isinstance(head, nn.Linear)
-    head.weight = net["table"].weight
-    net["norm"].bias.requires_grad_(False)
+    table, norm, head = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7)
+    net = nn.ModuleDict({"table": table, "norm": norm, "scan": Scan(), "head": head})
+    head.weight = table.weight
+    norm.bias.requires_grad_(False)
     return net
 
 

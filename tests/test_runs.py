@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from small import Tokens, small
 from torch import nn
 
 from xtcli.errors import UserError
-from xtcli.runs import environment, run
+from xtcli.runs import environment
 from xtcli.runs.folder import Damaged
 from xtcli.runs.metrics import Metrics, read_metrics
 from xtcli.runs.retention import prune, to_delete
@@ -152,6 +153,17 @@ def test_fallback_is_logged_and_resume_sets_later_things_aside() -> None:
     assert (made.path / "command").read_text() == "xt train 'a b'\nxt train runs/toy\n"
 
 
+def test_changed_settings_hold_for_the_next_resume_too() -> None:
+    with new() as made:
+        made.change_preset(20, "version: 1\ntrain: {steps: 9}\n")
+        state = TrainerState({}, {})
+        path = made.save(30, model=nn.Linear(1, 1), tokenizer=None, trainer=state, keep=1)
+    assert (made.path / "preset.until-step-20.yaml").read_text() == "version: 1\n"
+    assert (path / "preset.yaml").read_text() == (made.path / "preset.yaml").read_text() == made.preset_yaml
+    with Run.open(made.path) as again:
+        assert again.preset_yaml == "version: 1\ntrain: {steps: 9}\n"
+
+
 # Metrics -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,18 +231,24 @@ def test_the_rule(
     assert to_delete(steps, keep, best, pinned, set(steps) - set(damaged)) == deleted
 
 
-EVENTS = st.lists(
-    st.tuples(
-        st.sampled_from(["save", "save and crash before pruning", "damage", "pin", "best", "resume"]),
-        st.integers(0, 10**6),
-    ),
-    max_size=40,
-)
+EVENTS = ("save", "save and crash before pruning", "damage", "pin", "best", "resume")
 
 
-@settings(max_examples=2000, deadline=None)
-@given(st.integers(1, 4), EVENTS)
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 10**6)), max_size=40))
 def test_the_newest_whole_checkpoint_survives_any_history(keep: int, events: list[tuple[str, int]]) -> None:
+    live_through(keep, events)
+
+
+def test_and_ten_thousand_histories_at_random() -> None:
+    dice = random.Random(0)
+    for _ in range(10_000):
+        length = dice.randrange(20)
+        live_through(1 + dice.randrange(4), [(dice.choice(EVENTS), dice.randrange(1000)) for _ in range(length)])
+
+
+def live_through(keep: int, events: list[tuple[str, int]]) -> None:
+    """Play a history on a run's steps and check every pruning in it."""
     whole: dict[int, bool] = {}
     pinned: set[int] = set()
     best: int | None = None
@@ -292,9 +310,8 @@ def test_nothing_is_pruned_for_a_new_checkpoint_that_is_damaged(tmp_path: Path) 
 
 
 def test_saving_prunes_and_makes_the_log_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    real = Metrics.sync
-    monkeypatch.setattr(Metrics, "sync", lambda self: (synced.append(1), real(self))[1])
+    synced: list[Metrics] = []
+    monkeypatch.setattr(Metrics, "sync", lambda self: synced.append(self))
     with new() as made:
         for step in (1, 2, 3):
             state = TrainerState({}, {"step": step})
@@ -307,7 +324,7 @@ def test_saving_prunes_and_makes_the_log_durable(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_disk_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * 2**30))
     path = Path("runs/not/yet")
     assert check_disk(path, 2**30, 2, best=True) == "4 checkpoints of 1.0 GiB at most, 4.0 GiB free"
     with pytest.raises(UserError) as caught:

@@ -47,7 +47,7 @@ class Toy:
         progress.step, progress.cursor, progress.tokens = progress.step + 1, progress.cursor + 4, progress.tokens + 4
         if progress.step == 2:
             progress.best, progress.best_step = loss.item(), progress.step
-        return loss.item()
+        return float(loss.detach())
 
     def save(self) -> Path:
         return save_checkpoint(

@@ -58,11 +58,16 @@ def complete_override(ctx: Any, incomplete: str) -> list[Choice]:
 
 
 def _preset(ctx: Any) -> Path | None:
-    ref = (getattr(ctx, "params", None) or {}).get("preset")
-    try:
-        return library.find(ref) if isinstance(ref, str) else None
-    except UserError:
-        return None
+    params = getattr(ctx, "params", None) or {}
+    stated = params.get("preset") or params.get("target")
+    # an option that still lacks its value stops the parser, which leaves the words unread
+    words = [stated] if stated else [word for word in getattr(ctx, "args", ()) if not word.startswith("-")]
+    for ref in words:
+        try:
+            return library.find(ref)
+        except UserError:
+            continue
+    return None
 
 
 @cache
@@ -101,17 +106,23 @@ class Place:
     def __init__(self, root: Any, schema: Any, raw: Any) -> None:
         self.root, self.schema, self.raw = root, schema, raw
 
-    def _variants(self, schema: Any) -> Iterator[Any]:
-        """The schemas that this one stands for, those of another kind left out."""
+    def _all(self, schema: Any) -> Iterator[Any]:
+        """The schemas that this one stands for."""
         if "$ref" in schema:
-            yield from self._variants(self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
-            return
+            yield from self._all(self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
         for item in schema.get("anyOf", ()):
-            yield from self._variants(item)
-        wanted = self.raw.get("kind") if isinstance(self.raw, Mapping) else self.raw
-        const = schema.get("properties", {}).get("kind", {}).get("const")
-        if "anyOf" not in schema and (const is None or const == wanted):
+            yield from self._all(item)
+        if "$ref" not in schema and "anyOf" not in schema:
             yield schema
+
+    def _variants(self, schema: Any) -> Iterator[Any]:
+        """Those of the kind that the preset names; where only one kind can be, that one."""
+        found = list(self._all(schema))
+        kinds = [variant.get("properties", {}).get("kind", {}).get("const") for variant in found]
+        wanted = self.raw.get("kind") if isinstance(self.raw, Mapping) else self.raw
+        if wanted is None and len(set(kinds) - {None}) == 1:
+            wanted = next(kind for kind in kinds if kind)
+        yield from (variant for variant, kind in zip(found, kinds, strict=True) if kind in (None, wanted))
 
     def below(self) -> Iterator[str]:
         """Keys below, those that the preset has first."""
@@ -126,6 +137,11 @@ class Place:
     def child(self, key: str) -> Place | None:
         """The place below a key, or None."""
         raw = self.raw.get(key) if isinstance(self.raw, Mapping) else None
+        if key == "kind":
+            named = [
+                variant["properties"]["kind"]["const"] for variant in self._all(self.schema) if "properties" in variant
+            ]
+            return Place(self.root, {"enum": named, "description": "which of the slot's kinds"}, raw)
         for variant in self._variants(self.schema):
             below = variant.get("properties", {}).get(key, variant.get("additionalProperties"))
             if isinstance(below, Mapping):
@@ -136,17 +152,11 @@ class Place:
     def words(self) -> Iterator[str]:
         """The words that a value may be."""
 
-        def visit(schema: Any) -> Iterator[str]:
-            if "$ref" in schema:
-                yield from visit(self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
-            for item in schema.get("anyOf", ()):
-                yield from visit(item)
-            yield from schema.get("enum", ())
-            yield from [schema["const"]] if "const" in schema else []
-            yield from ("true", "false") if schema.get("type") == "boolean" else ()
-            yield from ("null",) if schema.get("type") == "null" else ()
-
-        yield from dict.fromkeys(word for word in visit(self.schema) if isinstance(word, str))
+        by_type = {"boolean": ("true", "false"), "null": ("null",)}
+        found: list[Any] = []
+        for schema in self._all(self.schema):
+            found += [*schema.get("enum", ()), schema.get("const"), *by_type.get(schema.get("type"), ())]
+        yield from dict.fromkeys(word for word in found if isinstance(word, str))
 
     def meaning(self) -> str:
         """The field's description."""

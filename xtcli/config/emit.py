@@ -6,7 +6,6 @@ a caller can put a comment beside it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,8 +65,17 @@ def scalar(value: Any) -> str:
     if isinstance(value, float):
         return _float(value)
     if isinstance(value, str):
-        return value if _plain(value) else json.dumps(value, ensure_ascii=True)
+        return value if _plain(value) else '"' + "".join(map(_escaped, value)) + '"'
     return str(value)
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if character.isprintable():
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _float(value: float) -> str:

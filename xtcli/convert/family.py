@@ -9,7 +9,7 @@ Names of the trunk are written without the prefix that the forms give it (`trans
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class Form:
     name: str
     prefix: str
     heads: Mapping[str, Any]
-    more: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
     spare: Callable[[Config], Sequence[Shapes]] = lambda config: ()
 
 

@@ -152,9 +152,7 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
     timing.decode_seconds += time.perf_counter() - began
 
 
-def choose(
-    logits: Tensor, sampling: Sampling, seen: Tensor | None, numbers: Tensor | None
-) -> tuple[Tensor, list[int]]:
+def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, numbers: Tensor | None) -> tuple[Tensor, list[int]]:
     """The next token of each row, on the device and on the host; raises UserError where logits are no numbers."""
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)

@@ -178,7 +178,7 @@ def _write(
             yield from _draw(feed, group, tokenizer, options, rules, answer, made)
         if feed.uncached is not None:
             answer.notes.append(
-                f"from {feed.uncached:,} tokens on the rotations change with the length, so every step reads the whole text"
+                f"from {feed.uncached:,} tokens on the rotations change with the length: each step reads the whole text"
             )
     answer.notes = list(dict.fromkeys(answer.notes))
     answer.written = [written for number in range(len(prompts)) for written in made[number]]
@@ -217,18 +217,23 @@ def _draw(
     made: dict[int, list[Written]],
 ) -> Iterator[tuple[int, str]]:
     rows = [
-        Row(prompt.number * options.samples + sample, _text(tokenizer, prompt, answer, options), prompt.budget, prompt.bounded)
+        Row(
+            prompt.number * options.samples + sample,
+            _text(tokenizer, prompt, answer, options),
+            prompt.budget,
+            prompt.bounded,
+        )
         for prompt in group
         for sample in range(options.samples)
     ]
-    for piece in decode(feed, rows, options.samples, rules, answer.timing):
+    for piece in decode(feed, rows, count, rules, answer.timing):
         yield piece.row, piece.text
     for number, row in enumerate(rows):
-        prompt = group[number // options.samples]
+        prompt = group[number // count]
         assert row.finish is not None
         written = Written(
             prompt.text,
-            number % options.samples,
+            number % count,
             str(row.text),
             row.tokens,
             row.finish,

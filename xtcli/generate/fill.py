@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.generate.prompts import Prompt, Reach, named, padded_right, role, too_long
 from xtcli.objectives.base import Tokenizer
@@ -51,7 +49,9 @@ def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, mask_text:
     for number, text in enumerate(texts):
         pieces = pieces_of(tokenizer, text, mask_text)
         if len(pieces) == 1:
-            wrong.append(Problem("has no mask", named(number, texts), remedy=f"write {mask_text} for what is to be filled"))
+            wrong.append(
+                Problem("has no mask", named(number, texts), remedy=f"write {mask_text} for what is to be filled")
+            )
         ids = [*front, *tokenizer.encode(pieces[0])]
         for piece in pieces[1:]:
             ids += [mask, *tokenizer.encode(piece)]

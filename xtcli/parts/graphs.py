@@ -254,14 +254,16 @@ class OneStack(Graph, Tower):
         encoder_attention_mask: Tensor | None = None,
         state: ModelState | None = None,
         trace: list[Tensor] | None = None,
+        mc_token_ids: Tensor | None = None,
     ) -> Hidden:
         """Run embedding and stack; inputs as in `forward`."""
         choices = None
-        if input_ids is not None and input_ids.dim() == 3:
-            choices = input_ids.shape[1]
-            input_ids, attention_mask, token_type_ids, position_ids = (
-                None if value is None else value.flatten(0, 1)
-                for value in (input_ids, attention_mask, token_type_ids, position_ids)
+        grouped = input_ids if input_ids is not None else inputs_embeds
+        if grouped is not None and grouped.dim() == (3 if grouped is input_ids else 4):
+            choices = grouped.shape[1]
+            input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids = (
+                value.flatten(0, 1) if value is not None and value.dim() == grouped.dim() - (key == 1 - 1) * 0 else value
+                for key, value in enumerate((input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids))
             )
         states, keep = Tower.forward(
             self,
@@ -277,7 +279,7 @@ class OneStack(Graph, Tower):
             trace=trace,
         )
         pooled = None if self.pooler is None else self.pooler(states)
-        return Hidden(states, self.table(), pooled, input_ids, keep, choices)
+        return Hidden(states, self.table(), pooled, input_ids, keep, choices, mc_token_ids)
 
     def forward(  # type: ignore[override]
         self,
@@ -291,13 +293,15 @@ class OneStack(Graph, Tower):
         next_sentence_label: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        mc_token_ids: Tensor | None = None,
+        mc_labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
     ) -> Output:
-        """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
+        """Inputs (B, T), or (B, choices, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
 
         attention_mask: 1 = real token. position_ids: places, from 0 unless given. document_ids: tokens of
         other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
@@ -316,9 +320,11 @@ class OneStack(Graph, Tower):
             encoder_attention_mask,
             state,
             trace,
+            mc_token_ids,
         )
         labelled = {
             "labels": labels,
+            "mc_labels": mc_labels,
             "next_sentence_label": next_sentence_label,
             "start_positions": start_positions,
             "end_positions": end_positions,

@@ -1,6 +1,6 @@
 """Heads over tokens: hidden states -> logits, and the loss of targets.
 
-    lm     logits = h W^T (+ b), W tied to the token table or its own
+    lm     logits = t(h) W^T (+ b), W tied to the token table or its own, t a slot: nothing, or norm(act(dense(h)))
     mlm    logits = norm(act(dense(h))) W^T + b          Devlin et al. 2018, arXiv:1810.04805
     token  one label for each token
     span   where an answer starts and ends
@@ -12,7 +12,7 @@ language models) only those are multiplied with the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,14 @@ from xtcli.parts.linear import Linear
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
 from xtcli.parts.scope import Scope
-from xtcli.registry import Config, field, part
+from xtcli.registry import Config, Slot, field, part
 
 
 class Hidden:
     """What heads read: states (B, T, D), the pooled vector, the token table and the inputs.
 
-    `choices` is set where the rows are texts among which one is chosen: B = questions x choices.
+    `choices` is set where the rows are texts among which one is chosen: B = questions x choices. `picks` (B,)
+    are places that the caller chose, `source` (B, S) the ids that an encoder read before this decoder.
     """
 
     def __init__(
@@ -41,9 +42,15 @@ class Hidden:
         ids: Tensor | None = None,
         keep: Tensor | None = None,
         choices: int | None = None,
+        picks: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> None:
         self.states, self.table, self.pooled, self.ids = states, table, pooled, ids
-        self.keep, self.choices = keep, choices
+        self.keep, self.choices, self.picks, self.source = keep, choices, picks, source
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """Rows (B, ...) as (questions, choices, ...) where there are choices."""
+        return rows if self.choices is None else rows.unflatten(0, (-1, self.choices))
 
 
 Labels = Mapping[str, Tensor | None]
@@ -70,6 +77,37 @@ class Head(nn.Module):
         return labels.get(self.label)
 
 
+@part("transform", "none")
+class NoTransform(nn.Identity):
+    """The states as they are."""
+
+    class Config(Config):
+        """No transform."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+
+
+@part("transform", "dense")
+class DenseTransform(nn.Module):
+    """norm(act(dense(h))), as BERT's heads have it."""
+
+    class Config(Config):
+        """A dense layer, an activation and a norm."""
+
+        act: Activation = field("activation", "gelu")
+        norm: NormSlot = field("norm", norms.INHERIT)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.dense = Linear(scope.dim, scope.dim, True)
+        self.act = ACTIVATIONS[config.act]
+        self.norm = make_norm(scope, "norm", config.norm)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(states)))  # type: ignore[no-any-return]
+
+
 @part("head", "lm")
 class LanguageModel(Head):
     """Next-token (or aligned) prediction."""
@@ -81,9 +119,11 @@ class LanguageModel(Head):
         bias: bool = field("adds a bias", False)
         scale: float | Literal["inverse-sqrt-dim"] = field("multiplies the hidden states", 1.0)
         softcap: float | None = field("bends logits into (-cap, cap)", None, gt=0)
+        transform: Annotated[Config, Slot("transform")] = field("what comes before the matrix", NoTransform.Config())
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.transform = scope.make("transform", config.transform)
         self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
         self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
         self.scale = scope.dim**-0.5 if config.scale == "inverse-sqrt-dim" else float(config.scale)
@@ -92,13 +132,14 @@ class LanguageModel(Head):
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
         weight = table if self.decoder is None else self.decoder.weight
+        states = self.transform(states)
         if self.scale != 1.0:
             states = states * self.scale
         logits = F.linear(states, weight, self.bias)  # type: ignore[arg-type]
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        return {"logits": self.logits(hidden.states, hidden.table)}
+        return {"logits": hidden.grouped(self.logits(hidden.states, hidden.table))}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         return cross_entropy(self.logits(hidden.states, hidden.table), targets)

@@ -59,5 +59,5 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Term:
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Labels (B, T) moved one place to the left, so that each place holds its successor."""
-    return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)), dim=1)
+    """Labels (..., T) moved one place to the left, so that each place holds its successor."""
+    return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)), dim=-1)

@@ -4,9 +4,10 @@
     nsp        is the second text the next one?               Devlin et al. 2018
     sequence   one label (or number) for a text
     choice     which of several texts fits best
+    summary    the same beside a language model, from one state of each text
 
-`pick` says which vector stands for the text: the pooled one, the first state, the last real token's, or
-the mean of the real ones.
+`pick` says which vector stands for the text: the pooled one, the first state, the last real token's, that
+of the last end token, or the mean of the real ones.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtcli.parts.activations import ACTIVATIONS, Activation
-from xtcli.parts.heads import Head, Hidden
+from xtcli.parts.heads import Head, Hidden, Labels
 from xtcli.parts.linear import Linear
 from xtcli.parts.outputs import Term, cross_entropy
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, field, part
 
-Pick = Literal["pooled", "first", "last", "mean"]
+Pick = Literal["pooled", "first", "last", "end", "mean"]
 
 
 class PoolerConfig(Config):
@@ -46,19 +47,33 @@ class Pooler(nn.Module):
 
 
 def last_real(hidden: Hidden, pad: int | None) -> Tensor:
-    """The place (B,) of the last token that is not padding, on whichever side the padding is."""
+    """The place (B,) of the last token that is not padding, on whichever side the padding is.
+
+    Vectors given in place of ids do not say which of them are padding: there it is the last place.
+    """
     length = hidden.states.shape[1]
     places = torch.arange(length, device=hidden.states.device)
     if hidden.ids is not None and pad is not None:
         real = hidden.ids != pad
-    elif hidden.keep is not None:
+    elif hidden.ids is not None and hidden.keep is not None:
         real = hidden.keep
     else:
         return places[-1].expand(hidden.states.shape[0])
     return (places * real).argmax(-1)
 
 
-def pick_vector(hidden: Hidden, pick: Pick, pad: int | None) -> Tensor:
+def last_end(hidden: Hidden, end: int) -> Tensor:
+    """The place (B,) of the last `end` token, in an encoder-decoder that of the source."""
+    ids = hidden.ids if hidden.source is None else hidden.source
+    if ids is None:
+        raise ValueError("the classifier reads the state at the end token: it needs input_ids")
+    ends = ids == end
+    if not bool(ends.any(-1).all()):
+        raise ValueError(f"the classifier reads the state at the end token {end}, and a text has none")
+    return (torch.arange(ids.shape[1], device=ids.device) * ends).argmax(-1)
+
+
+def pick_vector(hidden: Hidden, pick: Pick, pad: int | None, end: int = 0) -> Tensor:
     """The vector (B, D) that stands for each text."""
     if pick == "pooled":
         if hidden.pooled is None:
@@ -66,9 +81,9 @@ def pick_vector(hidden: Hidden, pick: Pick, pad: int | None) -> Tensor:
         return hidden.pooled
     if pick == "first":
         return hidden.states[:, 0]
-    if pick == "last":
+    if pick in ("last", "end"):
         rows = torch.arange(hidden.states.shape[0], device=hidden.states.device)
-        return hidden.states[rows, last_real(hidden, pad)]
+        return hidden.states[rows, last_real(hidden, pad) if pick == "last" else last_end(hidden, end)]
     if hidden.keep is None:
         return hidden.states.mean(1)
     keep = hidden.keep[..., None].to(hidden.states.dtype)
@@ -94,6 +109,10 @@ class NextSentence(Head):
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         return {self.output: self.classifier(pick_vector(hidden, "pooled", None))}
 
+    def targets(self, labels: Labels, causal: bool) -> Tensor | None:
+        found = labels.get(self.label)
+        return labels.get("labels") if found is None and self.output == "logits" else found
+
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         return cross_entropy(self.outputs(hidden)[self.output], targets.reshape(-1))
 
@@ -107,35 +126,42 @@ class SequenceLabels(Head):
 
         labels: int = field("number of labels", 2, gt=0)
         pick: Pick = field("which vector stands for the text", "pooled")
+        end: int = field("id of the end token, for `pick: end`", 1, ge=0)
         hidden: bool = field("a dense layer and `act` come before the classifier", False)
         act: Activation = field("activation of that layer", "tanh")
         bias: bool = field("adds biases", True)
         dropout: float | None = field("dropout before each linear layer; null = model.dropout", None, ge=0, lt=1)
-        problem: Literal["one", "many", "number"] = field(
-            "one label of several, any number of labels, or regression", "one"
+        problem: Literal["one", "many", "number"] | None = field(
+            "one label of several, any number of labels, or regression; null = by the targets: numbers for a single "
+            "output, one label for whole numbers, else many",
+            "one",
         )
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
-        self.pick, self.pad, self.problem = config.pick, scope.pad, config.problem
+        self.pick, self.end, self.pad, self.problem = config.pick, config.end, scope.pad, config.problem
         self.dense = Linear(scope.dim, scope.dim, config.bias) if config.hidden else None
         self.act = ACTIVATIONS[config.act]
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
         self.classifier = Linear(scope.dim, config.labels, config.bias, "head")
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        x = self.dropout(pick_vector(hidden, self.pick, self.pad))
+        x = self.dropout(pick_vector(hidden, self.pick, self.pad, self.end))
         if self.dense is not None:
             x = self.dropout(self.act(self.dense(x)))
         return {"logits": self.classifier(x)}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         logits = self.outputs(hidden)["logits"].float()
-        if self.problem == "one":
+        problem = self.problem
+        if problem is None:
+            whole = not targets.is_floating_point()
+            problem = "number" if logits.shape[-1] == 1 else "one" if whole else "many"
+        if problem == "one":
             return cross_entropy(logits, targets.reshape(-1))
         wanted = targets.reshape(logits.shape).float()
         count = torch.tensor(logits.numel(), device=logits.device)
-        if self.problem == "number":
+        if problem == "number":
             return Term(F.mse_loss(logits, wanted, reduction="sum"), count)
         return Term(F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), count)
 
@@ -160,6 +186,62 @@ class MultipleChoice(Head):
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         return cross_entropy(self.outputs(hidden)["logits"], targets.reshape(-1))
+
+
+@part("head", "summary")
+class Summary(Head):
+    """One score for each of several texts, from one state of each, beside a language model.
+
+    Inputs come as (B, choices, T), or (B, T) for a score of each text. `pick` counts along the first axis after
+    the batch, which is that of the choices where there are any; only `given` picks within each choice.
+    """
+
+    label = "mc_labels"
+    loss_name = "mc_loss"
+
+    class Config(Config):
+        """Multiple choice beside a language model."""
+
+        pick: Literal["given", "first", "last", "mean"] = field(
+            "the state at mc_token_ids (the last one without them), or by its place", "given"
+        )
+        project: Literal["score", "states", "none"] = field(
+            "a linear layer to one score, to as many values as there were, or none", "score"
+        )
+        act: Activation = field("activation after it", "identity")
+        dropout: float | None = field("dropout before it; null = model.dropout", None, ge=0, lt=1)
+        last_dropout: float = field("dropout after the activation", 0.0, ge=0, lt=1)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.pick = config.pick
+        width = 1 if config.project == "score" else scope.dim
+        self.dense = None if config.project == "none" else Linear(scope.dim, width, True, "head")
+        self.act = ACTIVATIONS[config.act]
+        self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        self.last_dropout = nn.Dropout(config.last_dropout)
+
+    def vector(self, hidden: Hidden) -> Tensor:
+        """The picked states, without the axis of places."""
+        states = hidden.grouped(hidden.states)
+        if self.pick == "mean":
+            return states.mean(1)
+        if self.pick != "given":
+            return states[:, 0 if self.pick == "first" else -1]
+        if hidden.picks is None:
+            return states[..., -1, :]
+        places = hidden.picks[..., None, None].expand(*hidden.picks.shape, 1, states.shape[-1])
+        return states.gather(-2, places).squeeze(-2)
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        x = self.dropout(self.vector(hidden))
+        if self.dense is not None:
+            x = self.dense(x)
+        return {"mc_logits": self.last_dropout(self.act(x)).squeeze(-1)}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        logits = self.outputs(hidden)["mc_logits"]
+        return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
 
 def needs_pooler(config: Config) -> bool:

@@ -23,6 +23,7 @@ class Score:
     """A kind of score; `fused` says whether PyTorch's attention kernels can express it."""
 
     fused = False
+    wide = False  # whether queries and keys are multiplied in float32 whatever their type
 
     @staticmethod
     def weights(config: Any, scores: Tensor, hidden: Tensor | None) -> Tensor:
@@ -44,6 +45,14 @@ class Softmax(Score):
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
         return scores.softmax(-1, dtype=torch.float32)
+
+
+@part("score", "softmax-wide")
+class WideSoftmax(Softmax):
+    """Scores and their softmax in float32, so that half-precision scores cannot overflow."""
+
+    fused = False
+    wide = True
 
 
 @part("score", "softcap")
@@ -81,6 +90,8 @@ def plain(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if kind.wide:  # type: ignore[attr-defined]
+        q, k = q.float(), k.float()
     scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
     hidden = None
     if visible.causal:

@@ -119,7 +119,7 @@ class Run:
 
     def resumed(self, step: int, command: Sequence[str], environment: dict[str, Any]) -> list[str]:
         """Record a resume at `step`; returns what differs from the machine and data that the run started with."""
-        with open(self.path / COMMAND, "a", encoding="utf-8") as file:
+        with (self.path / COMMAND).open("a", encoding="utf-8") as file:
             file.write(shlex.join(command) + "\n")
         try:
             differences = changes(json.loads((self.path / ENVIRONMENT).read_bytes()), environment)
@@ -127,6 +127,12 @@ class Run:
             differences = [f"{ENVIRONMENT} is lost: whether the machine is the same cannot be told"]
         self.event("resume", step=step, changed=differences)
         return differences
+
+    def change_preset(self, step: int, preset_yaml: str) -> None:
+        """Go on from `step` under other settings, also at the next resume; the old ones stay beside them."""
+        write_atomically(self.path / f"preset.until-step-{step}.yaml", self.preset_yaml.encode())
+        write_atomically(self.path / PRESET, preset_yaml.encode())
+        self.preset_yaml = preset_yaml
 
     def save(
         self,
@@ -154,6 +160,10 @@ class Run:
         path = self.path / SAMPLES / f"step-{step}.txt"
         write_atomically(path, text.encode(errors="replace"))
         return path
+
+    def has_sample(self, step: int) -> bool:
+        """Whether samples/step-N.txt is there."""
+        return (self.path / SAMPLES / f"step-{step}.txt").exists()
 
     def event(self, name: str, **values: Any) -> None:
         """Write a line of metrics that is neither a training step nor a validation."""

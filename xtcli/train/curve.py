@@ -13,8 +13,8 @@ DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 def curve(points: Sequence[tuple[int, float]], width: int, height: int, unit: str = "") -> list[str]:
     """Draw (step, value) points in step order as `height` lines and a last one with the steps, `width` cells wide.
 
-    Values that are not finite leave a gap. Several points in one column of dots are averaged. Empty
-    when there is nothing to draw or no room.
+    Points of one column of dots are averaged, columns without any are crossed in a straight line,
+    values that are not finite are left out. Empty when there is nothing to draw or no room.
     """
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite or height < 1:
@@ -29,18 +29,17 @@ def curve(points: Sequence[tuple[int, float]], width: int, height: int, unit: st
     bins: list[list[float]] = [[] for _ in range(columns)]
     for step, value in finite:
         bins[(step - first) * (columns - 1) // max(1, last - first)].append(value)
+    heights = [(x, (high - sum(v) / len(v)) / ((high - low) or 1.0) * (rows - 1)) for x, v in enumerate(bins) if v]
     cells = [[0] * (columns // 2) for _ in range(height)]
-    before: int | None = None
-    for x, values in enumerate(bins):
-        if not values:
-            continue
-        share = (sum(values) / len(values) - low) / ((high - low) or 1.0)
-        y = round((1 - share) * (rows - 1))
-        # A jump is drawn as a vertical stroke, so that the curve hangs together.
-        reach = y if before is None else before + (y > before) - (y < before)
-        for dot in range(min(y, reach), max(y, reach) + 1):
-            cells[dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
-        before = y
+    before = round(heights[0][1])
+    for (x0, y0), (x1, y1) in zip([heights[0], *heights], heights, strict=False):
+        for x in range(x0 + (x1 > x0), x1 + 1):
+            y = round(y1 - (y1 - y0) * (x1 - x) / max(1, x1 - x0))
+            # A jump is drawn as a vertical stroke, so that the curve hangs together.
+            reach = before + (y > before) - (y < before)
+            for dot in range(min(y, reach), max(y, reach) + 1):
+                cells[dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
+            before = y
     lines = []
     for row, line in enumerate(cells):
         label = labels[0] if row == 0 else labels[1] if row == height - 1 else ""

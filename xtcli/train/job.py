@@ -62,7 +62,6 @@ def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
     place = choose(config)
     model = skeleton(resolved)
     kind = part_of(preset.objective)
-    _heads_fit(kind, model, resolved)
     from xtcli.data.prepare import prepare
 
     tokenizer, store = prepare(preset.data, preset.tokenizer, seed=config.seed, columns=kind.streams)  # type: ignore[attr-defined]
@@ -77,6 +76,7 @@ def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
     talk(objective.describe())
     rows = np.zeros(config.batch, dtype=np.int64)
     batch: Batch = objective.batch(np.arange(config.batch, dtype=np.int64) % len(objective), rows)
+    _heads_fit(batch, model, resolved)
     plan = make_plan(
         model,
         batch,
@@ -89,10 +89,9 @@ def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
     return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size)
 
 
-def _heads_fit(kind: Any, model: Graph, resolved: Resolved) -> None:
+def _heads_fit(batch: Batch, model: Graph, resolved: Resolved) -> None:
     """The objective's targets must have heads that answer them."""
-    wanted = kind.heads_of(resolved.preset.objective)
-    missing = [head for head in wanted if head not in model.heads]
+    missing = [head for head in batch.targets if head not in model.heads]
     if missing:
         have = ", ".join(model.heads) or "none"
         raise UserError(

@@ -97,10 +97,10 @@ class Trainer:
             self.validate(stopper)
         if stopper.requested is not None:
             return
-        if self.done.sampled != step and (last or (step > 0 and _due(step, config.sample_every))):
-            self.sample()
         if saving or last:
             self.save()
+        if self.done.sampled != step and (last or (step > 0 and _due(step, config.sample_every))):
+            self.sample()
 
     def step(self, batch: Batch) -> int:
         """One optimizer step; returns an exit code when it must be the last, before anything is changed."""

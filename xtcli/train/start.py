@@ -84,7 +84,8 @@ def resume(
             for note in restore(trainer.parts, state):
                 talk(note)
             trainer.done = logged(read_metrics(path), step)
-            trainer.done.saved = trainer.done.sampled = step
+            trainer.done.saved = step
+            trainer.done.sampled = step if run.has_sample(step) else -1
         talk(f"resuming {path} at step {step} of {job.config.steps:,}")
         return _go(trainer, stopper), run.path
 

@@ -149,7 +149,7 @@ class LiveView:
         if self.validated:
             rows.append(Text(self.validated, style="cyan"))
         if self.sampled:
-            lines = Text(self.sampled).wrap(self.console, width)
+            lines = Text(self.sampled).wrap(self.console, width - 2)
             shown = [line for line in lines if line.plain.strip()][:SAMPLE_LINES]
             rows.append(Text("sample", style="dim"))
             rows.extend(Text("  ") + line for line in shown)

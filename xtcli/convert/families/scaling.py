@@ -71,7 +71,7 @@ def _load(options: Options) -> dict[str, Any]:
         if value is ...:
             options.refuse(f"rope_scaling.{theirs}", "is missing", f"'{name}' needs it")
             value = 1.0
-        node[ours] = default if default not in (None, ..., True) and not value else value
+        node[ours] = default if isinstance(default, float) and not value else value
     if kind == "longrope":
         _original(node, original, options)
     return node

@@ -1,0 +1,49 @@
+"""What a model writes while it trains: a continuation, a filled mask, or an answer.
+
+Prompts are the preset's, else the beginnings of held-out texts; the seed is that of the run, so that two
+samples of one prompt differ only by what the model has learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xtcli.generate.engine import Answer, Options, generate, task_of
+from xtcli.generate.fill import MASK
+from xtcli.parts.graphs import Graph
+
+PROMPT_TOKENS = 16
+SPAN = 3
+
+
+def draw(model: Graph, job: Any) -> str:
+    """The sample as text; empty where the model has no head that writes."""
+    prompts = list(job.config.sample_prompts) or [found for found in [_prompt(model, job)] if found]
+    if not prompts:
+        return ""
+    room = model.context or PROMPT_TOKENS + job.config.sample_tokens
+    options = Options(max_tokens=max(1, min(job.config.sample_tokens, room - PROMPT_TOKENS)), seed=job.config.seed)
+    return shown(generate(model, job.tokenizer, prompts, options))
+
+
+def shown(answer: Answer) -> str:
+    """An answer as text: prompt and continuation, prompt => answer, or the filled text."""
+    rows = [f"{row.prompt} => {row.text}" if answer.task == "map" else row.prompt + row.text for row in answer.written]
+    for filled in answer.filled:
+        guesses = "; ".join(", ".join(f"{g.text.strip()} {g.probability:.0%}" for g in mask[:3]) for mask in filled.masks)
+        rows.append(f"{filled.prompt} => {filled.text} [{guesses}]")
+    return "\n\n".join(rows)
+
+
+def _prompt(model: Graph, job: Any) -> str:
+    """The beginning of a held-out (or else a training) text, with a gap where the task wants one."""
+    split = job.validation if job.validation is not None else job.objective
+    row = next(iter(split.batch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)).inputs.values()))[0].tolist()
+    special = set(job.tokenizer.special.values()) | set(job.tokenizer.sentinels)
+    ids = [token for token in row if token not in special][:PROMPT_TOKENS]
+    if task_of(model) != "fill":
+        return str(job.tokenizer.decode(ids))
+    middle = len(ids) // 2
+    return f"{job.tokenizer.decode(ids[:middle])} {MASK} {job.tokenizer.decode(ids[middle + 1 :])}"
