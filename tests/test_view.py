@@ -92,8 +92,8 @@ def test_live_panel() -> None:
     assert bare[1].startswith("4.5 nats ") and bare[8].startswith("3 nats ")
     assert bare[9] == "step 10" + " " * 33 + "step 40"
     assert bare[10:] == [
-        "loss 3.0000 nats  lr 3.00e-04  gradient norm 1.250  51,234",
-        "tok/s  MFU 41.2 %  memory 3.00 GiB  ETA 1 h 2 min",
+        "loss 3.0000 nats  lr 3.00e-04  gradient norm 1.250",
+        "51,234 tok/s  MFU 41.2 %  memory 3.00 GiB  ETA 1 h 2 min",
         "step 40: validation loss 3.2500 nats (perplexity 25.79)",
         "sample",
         "def f(x):",

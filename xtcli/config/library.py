@@ -118,7 +118,7 @@ def find(ref: str | Path, beside: Path | None = None) -> Path:
         siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
         close = nearest(path.name, siblings)
         if close:
-            raise refuse(f"there is no file '{text}'", f"did you mean '{path.parent / close}'?")
+            raise refuse(f"there is no file '{text}'", f"did you mean '{text.removesuffix(path.name)}{close}'?")
         raise refuse(f"there is no file '{text}'", "`xt inspect` lists the presets")
     if nearest(text, names()):
         raise refuse(f"there is no preset '{text}'", did_you_mean(text, names()))

@@ -59,10 +59,10 @@ def locate(root: type[BaseModel], raw: Any, error: Mapping[str, Any]) -> Mistake
             break
         if isinstance(raw, str) and place.shorthand:
             raw = {place.shorthand: raw}
-        held = isinstance(raw, Mapping) and part in raw
-        value = raw[part] if held or (isinstance(raw, list) and isinstance(part, int)) else None
+        held = part in raw if isinstance(raw, Mapping) else isinstance(raw, list) and part in range(len(raw))
+        value = raw[part] if held else None
         below = place.child(part, value)
-        if below is None and not held:
+        if not held and (below is None or place.form == "map"):
             arm = str(part)
             continue
         path, parent, place, raw = (*path, part), place, below or Shape(), value

@@ -46,7 +46,9 @@ def sentence(error: Mapping[str, Any], beside: Sequence[Mapping[str, Any]], info
     """Cause and remedy of one pydantic error. `beside`: all errors at its path; `info`: the field that is missing."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "missing":
-        name = str(error["loc"][-1])
+        name = error["loc"][-1]
+        if isinstance(name, int):
+            return "is a list that ends too early", f"entry {name + 1} is missing"
         meaning = f" ({info.description})" if info and info.description else ""
         return f"has no '{name}'{meaning}", f"add {name}: ..."
     if kind in WANTED:

@@ -72,7 +72,7 @@ class Family:
     drops: tuple[Drop, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[str, ...] = ()
-    fixed: Mapping[str, tuple[Any, ...]] = {}
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     neutral: frozenset[str] = frozenset()
     mixed: tuple[str, ...] = ()
 

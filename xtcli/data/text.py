@@ -88,43 +88,45 @@ def survey(text: str, first: bool, tally: Tally) -> None:
         tally["invalid bytes"] += sum(len(found) for found in LONE.findall(text))
 
 
-def cut(text: str, tally: Tally) -> int:
-    """Where the next piece of a text of over LONGEST characters ends.
+def cut(text: str, start: int, tally: Tally) -> int:
+    """Where the piece that begins at `start` ends, in a text that goes on for more than LONGEST characters.
 
     A safe place has a visible character before it and white space behind it. No pre-tokenizer here joins the
     two, so the pieces give the tokens of the whole.
     """
-    newline = text.rfind("\n", PIECE // 2, PIECE)
+    low, high = start + PIECE // 2, start + PIECE
+    newline = text.rfind("\n", low, high)
     while newline > 0:
         if _SAFE.match(text, newline):
             return newline
-        newline = text.rfind("\n", PIECE // 2, newline)
-    found = _SAFE.search(text, PIECE // 2, LONGEST)
+        newline = text.rfind("\n", low, newline)
+    found = _SAFE.search(text, low, start + LONGEST)
     if found:
         return found.start()
     tally["words cut"] += 1
-    return LONGEST
+    return start + LONGEST
 
 
 def pieces(text: str, tally: Tally) -> Iterator[tuple[str, bool]]:
     """A text in pieces of at most LONGEST characters, each with whether it is the last."""
-    while len(text) > LONGEST:
-        end = cut(text, tally)
-        yield text[:end], False
-        text = text[end:]
-    yield text, True
+    start = 0
+    while len(text) - start > LONGEST:
+        end = cut(text, start, tally)
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
 
 
 def read_pieces(file: IO[bytes], tally: Tally) -> Iterator[tuple[str, bool]]:
     """The text of a file of any size in pieces, as `pieces` cuts them."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    text, done = "", False
+    text, start, done = "", 0, False
     while not done:
         data = file.read(LONGEST)
         done = not data
-        text += decoder.decode(data, done)
-        while len(text) > LONGEST:
-            end = cut(text, tally)
-            yield text[:end], False
-            text = text[end:]
-    yield text, True
+        text, start = text[start:] + decoder.decode(data, done), 0
+        while len(text) - start > LONGEST:
+            end = cut(text, start, tally)
+            yield text[start:end], False
+            start = end
+    yield text[start:], True

@@ -76,7 +76,7 @@ def search(
         if seen is not None:
             logs = penalise(logs, seen, penalty)
         held = torch.tensor([beam.log for prompt in active for beam in prompt.beams], device=device)
-        totals = (logs + held[:, None]).unflatten(0, (len(active), width)).flatten(1)
+        totals = (logs + held[:, None]).reshape(len(active), width * rules.vocab)
         count = min(max(2, 1 + len(rules.ends)) * width, totals.shape[1])
         best = totals.topk(count)
         values, places = best.values.tolist(), best.indices.tolist()
@@ -116,7 +116,8 @@ def _advance(
     if values[0] != values[0]:
         raise refuse("the model's logits are not numbers", "its weights are damaged, or try --dtype fp32")
     last = length >= prompt.budget
-    beams, parents = [], []
+    beams: list[Beam] = []
+    parents: list[int] = []
     for rank, (log, place) in enumerate(zip(values, places, strict=True)):
         parent, token = divmod(place, rules.vocab)
         tokens = (*prompt.beams[parent].tokens, token)

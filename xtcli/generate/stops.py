@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from xtcli.errors import refuse
-
 
 class Decoder(Protocol):
     """Turns tokens into text, piece by piece."""
@@ -23,13 +21,6 @@ class Decoder(Protocol):
 
     def finish(self) -> str:
         """What is left: the replacement character for bytes that are no text."""
-
-
-def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings; raises UserError for an empty one."""
-    if any(not stop for stop in stops):
-        raise refuse("an empty stop string would stop every text at once", "give some text", place="--stop")
-    return tuple(dict.fromkeys(stops))
 
 
 class Text:

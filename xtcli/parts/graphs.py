@@ -258,12 +258,13 @@ class OneStack(Graph, Tower):
     ) -> Hidden:
         """Run embedding and stack; inputs as in `forward`."""
         choices = None
-        grouped = input_ids if input_ids is not None else inputs_embeds
-        if grouped is not None and grouped.dim() == (3 if grouped is input_ids else 4):
-            choices = grouped.shape[1]
-            input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids = (
-                value.flatten(0, 1) if value is not None and value.dim() == grouped.dim() - (key == 1 - 1) * 0 else value
-                for key, value in enumerate((input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids))
+        rows = input_ids if input_ids is not None else inputs_embeds
+        if rows is not None and rows.dim() == (3 if input_ids is not None else 4):
+            choices = rows.shape[1]
+            inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
+            input_ids, attention_mask, token_type_ids, position_ids = (
+                value.flatten(0, 1) if value is not None and value.dim() == 3 else value
+                for value in (input_ids, attention_mask, token_type_ids, position_ids)
             )
         states, keep = Tower.forward(
             self,
@@ -330,7 +331,7 @@ class OneStack(Graph, Tower):
             "end_positions": end_positions,
         }
         out = self.answer(hidden, labelled)
-        out["last_hidden_state"] = hidden.states
+        out["last_hidden_state"] = hidden.grouped(hidden.states)
         if hidden.pooled is not None:
             out["pooler_output"] = hidden.pooled
         if trace is not None:

@@ -90,8 +90,12 @@ class EncoderDecoder(Graph):
         decoder_attention_mask: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         trace: list[Tensor] | None = None,
+        source: Tensor | None = None,
     ) -> Hidden:
-        """Target ids (B, T) and the memory -> what the heads read; `attention_mask` (B, S) is the source's."""
+        """Target ids (B, T) and the memory -> what the heads read; `attention_mask` (B, S) is the source's.
+
+        `source` are the ids (B, S) that the memory was made of, for the heads that read the state at their end.
+        """
         states, keep = self.decoder(
             decoder_input_ids,
             decoder_inputs_embeds,
@@ -102,7 +106,7 @@ class EncoderDecoder(Graph):
             state=state,
             trace=trace,
         )
-        return Hidden(states, self.output_table(), None, decoder_input_ids, keep)
+        return Hidden(states, self.output_table(), None, decoder_input_ids, keep, source=source)
 
     def hidden(  # type: ignore[override]
         self,
@@ -113,12 +117,15 @@ class EncoderDecoder(Graph):
     ) -> Hidden:
         """Both sides at once, for training."""
         memory = self.encode(input_ids, attention_mask)
-        return self.decode(decoder_input_ids, memory, attention_mask, None, decoder_attention_mask)
+        return self.decode(
+            decoder_input_ids, memory, attention_mask, None, decoder_attention_mask, source=input_ids
+        )
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """Decoder inputs (B, T) from labels: the start token in front, the last one dropped, -100 as padding."""
+        """Decoder inputs (B, T) from labels (or the source): the start token in front, the last one dropped,
+        -100 as padding."""
         if self.start is None or self.config.pad is None:
-            raise ValueError("labels alone need model.pad (and model.start, if it differs) to make decoder inputs")
+            raise ValueError("decoder inputs are made with model.pad (and model.start, if it differs): state them")
         moved = torch.cat((labels.new_full((labels.shape[0], 1), self.start), labels[:, :-1]), dim=1)
         return moved.masked_fill(moved == IGNORE, self.config.pad)
 
@@ -133,13 +140,16 @@ class EncoderDecoder(Graph):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         encoder_outputs: Any = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
     ) -> Output:
         """Source and target -> loss, logits (B, T, V), last_hidden_state, encoder_last_hidden_state.
 
         encoder_outputs: the memory (B, S, D), or something whose first item it is, in place of input_ids.
-        Without decoder inputs the labels, moved one place to the right, are decoded.
+        Without decoder inputs the labels, moved one place to the right, are decoded; heads that label texts
+        decode the source in the same way.
         """
         source_trace: list[Tensor] | None = [] if output_hidden_states else None
         target_trace: list[Tensor] | None = [] if output_hidden_states else None
@@ -148,9 +158,10 @@ class EncoderDecoder(Graph):
         else:
             memory = encoder_outputs if isinstance(encoder_outputs, Tensor) else encoder_outputs[0]
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            if labels is None:
+            target = labels if not self.heads or "lm" in self.heads else input_ids
+            if target is None:
                 raise ValueError("neither decoder_input_ids nor decoder_inputs_embeds nor labels were given")
-            decoder_input_ids = self.shift_right(labels)
+            decoder_input_ids = self.shift_right(target)
         hidden = self.decode(
             decoder_input_ids,
             memory,
@@ -159,8 +170,10 @@ class EncoderDecoder(Graph):
             decoder_attention_mask,
             decoder_inputs_embeds,
             target_trace,
+            input_ids,
         )
-        out = self.answer(hidden, {"labels": labels})
+        labelled = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
+        out = self.answer(hidden, labelled)
         out["last_hidden_state"] = hidden.states
         out["encoder_last_hidden_state"] = memory
         if target_trace is not None and source_trace is not None:

@@ -207,6 +207,8 @@ class Trainer:
         line: dict[str, Any] = {"step": step, "val_loss": sum(losses.values()), "val_tokens": sum(counts.values())}
         if len(losses) > 1:
             line["val_losses"] = losses
+        if self.progress.best is not None:
+            line["best"] = self.progress.best
         self.done.validated, self.done.val_loss = step, line["val_loss"]
         self.record(line)
         self.view.validation(line)
@@ -229,11 +231,11 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the state between two steps, once."""
         progress = self.progress
+        measured = self.done.val_loss if self.done.validated == progress.step else None
+        if measured is not None and (progress.best is None or measured < progress.best):
+            progress.best, progress.best_step = measured, progress.step
         if self.done.saved == progress.step:
             return
-        measured = self.done.validated == progress.step and self.done.val_loss is not None
-        if measured and (progress.best is None or self.done.val_loss < progress.best):  # type: ignore[operator]
-            progress.best, progress.best_step = self.done.val_loss, progress.step
         self.run.save(
             progress.step,
             model=self.model,

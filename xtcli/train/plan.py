@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xtcli.data.batch import Batch
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
+from xtcli.runs.run import gib
 from xtcli.train.optim import ADAMW_COPIES
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -153,8 +154,3 @@ def lines(plan: Plan, checkpoint: int, place: str, free: int) -> Mapping[str, st
         "checkpoint": f"{gib(checkpoint)} on disk",
         "device": place,
     }
-
-
-def gib(size: float) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -14,13 +14,13 @@ from xtcli.errors import Problem, UserError
 from xtcli.model import Model
 from xtcli.registry import tree
 from xtcli.runs import environment
-from xtcli.runs.checkpoint import load_checkpoint, step_of
+from xtcli.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from xtcli.runs.metrics import read_metrics
-from xtcli.runs.run import Run, check_disk
+from xtcli.runs.run import Run, check_disk, gib
 from xtcli.runs.state import restore
 from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer, logged
-from xtcli.train.plan import gib, lines
+from xtcli.train.plan import lines
 from xtcli.train.signals import Stopper
 from xtcli.train.transforms import checkpoint_blocks, compile_blocks
 from xtcli.train.view import View, make_view
@@ -69,13 +69,15 @@ def resume(
     with Stopper() as stopper, Run.open(path) as run:
         resolved = _changed(path, overrides, talk)
         job = make_job(resolved, talk)
-        started = any((path / "checkpoints").glob("step-*"))
+        started = bool(checkpoints(path))
         weights, state, step = None, None, 0
         if started:
             folder = run.newest()
             loaded = load_checkpoint(folder, trainer=True)
             weights, state, step = loaded.weights, loaded.trainer, step_of(folder) or 0
         run.rewind(step)
+        if overrides:
+            run.change_preset(step, resolved.to_yaml())
         for difference in run.resumed(step, command, _environment(job)):
             talk(f"not the same as at the start: {difference}")
         view = make_view(job.config.steps)
@@ -160,7 +162,12 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, tuple[An
 
 
 def _environment(job: Job) -> dict[str, Any]:
-    return environment.describe(seed=job.config.seed, data=job.store.digest, tokenizer=job.tokenizer.digest)
+    return environment.describe(
+        seed=job.config.seed,
+        chosen={"device": job.place.device.type, "precision": job.place.precision},
+        data=job.store.digest,
+        tokenizer=job.tokenizer.digest,
+    )
 
 
 def command_line() -> list[str]:

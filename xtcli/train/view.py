@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -145,7 +145,7 @@ class LiveView:
             head.add_row(f"step {step:,} of {self.steps:,}", ProgressBar(self.steps, step))
             rows.append(head)
             rows.extend(Text(line, no_wrap=True) for line in curve(self.losses, width, CURVE_HEIGHT, " nats"))
-            rows.append(Text("  ".join(measures(self.metrics).values())))
+            rows.extend(Text(line) for line in _filled(measures(self.metrics).values(), width))
         if self.validated:
             rows.append(Text(self.validated, style="cyan"))
         if self.sampled:
@@ -202,6 +202,18 @@ def printable(text: str) -> str:
         character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\x{ord(character):02x}"
         for character in text.replace("\r\n", "\n")
     ).expandtabs(4)
+
+
+def _filled(words: Iterable[str], width: int) -> list[str]:
+    """The words, two spaces apart, in as few lines as fit; a word with spaces in it is not broken."""
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]}  {word}" if lines[-1] else word
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _mean(points: list[tuple[int, float]]) -> tuple[int, float]:

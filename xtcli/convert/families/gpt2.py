@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtcli.convert.families.common import (
+    LABEL_DROPOUT,
     LABELS,
     PAD,
     PROBLEM,

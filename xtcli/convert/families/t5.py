@@ -210,10 +210,10 @@ T5 = Family(
     ),
     ties=_ties,
     prefixes=("", "transformer."),
-    fixed={"add_cross_attention": (False,)},
+    fixed={"add_cross_attention": (False,), "is_decoder": (False,)},
     neutral=frozenset(
         """
-        is_encoder_decoder is_decoder num_decoder_layers classifier_dropout tie_word_embeddings
+        is_encoder_decoder num_decoder_layers classifier_dropout tie_word_embeddings
         relative_attention_max_distance dense_act_fn is_gated_act n_positions
         """.split()
     ),
