@@ -51,7 +51,10 @@ def refuse(cause: str, remedy: str = "", *, place: str = "", path: str = "") -> 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` most likely meant, or None when nothing is near."""
     names = list(choices)
-    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    if len(swapped) == 1:
+        return swapped[0]
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.5 if len(word) <= 3 else 0.6)
     if found:
         return found[0]
     folded = {name.lower().replace("_", "").replace("-", ""): name for name in names}

@@ -16,7 +16,7 @@ from xtcli.config import library
 from xtcli.config.document import Document, Path, read
 from xtcli.config.layers import Layers, Obstacle, Origin, split, written
 from xtcli.config.problems import obstacle
-from xtcli.errors import Problem, UserError, did_you_mean
+from xtcli.errors import Problem, UserError, did_you_mean, nearest
 from xtcli.registry import Config, field
 
 VERSION = 1
@@ -74,6 +74,9 @@ def compose(
 def _check_version(raw: dict[str, Any], document: Document) -> None:
     place = document.place(("version",))
     if "version" not in raw:
+        close = nearest("version", raw)
+        if close:
+            raise UserError(Problem("unknown key", document.keys[(close,)], close, "did you mean 'version'?"))
         raise UserError(Problem("has no 'version'", document.name, remedy=f"add the line 'version: {VERSION}'"))
     version = raw["version"]
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -88,16 +91,24 @@ def _check_version(raw: dict[str, Any], document: Document) -> None:
 
 
 def _extend(layers: Layers, document: Document, extends: Any, chain: tuple[File, ...]) -> list[Problem]:
-    """Fill `layers` with the preset that a document extends."""
+    """Fill `layers` with the preset that a document extends; without one, nothing else can be judged."""
+    extends = {"preset": extends} if isinstance(extends, str) else extends
+    unknown = [key for key in extends if key not in Base.model_fields] if isinstance(extends, dict) else []
+    if unknown:
+        keys = [
+            (document.keys["extends", key], f"extends.{key}", did_you_mean(key, Base.model_fields)) for key in unknown
+        ]
+        raise UserError(*(Problem("unknown key", place, path, remedy) for place, path, remedy in keys))
     try:
-        base = Base.model_validate({"preset": extends} if isinstance(extends, str) else extends)
+        base = Base.model_validate(extends)
     except ValidationError:
         cause = "should be a preset's name, a relative path, or {preset: ..., size: ...}"
-        return [Problem(cause, document.place(("extends",)), "extends")]
+        raise UserError(Problem(cause, document.place(("extends",)), "extends")) from None
     try:
         file = library.find(base.preset, chain[-1].parent)
     except UserError as error:
-        return [Problem(p.cause, document.place(("extends",)), "extends", p.remedy) for p in error.problems]
+        place = document.place(("extends",))
+        raise UserError(*(Problem(p.cause, place, "extends", p.remedy) for p in error.problems)) from None
     below, sizes, own, found = compose(file, layers.root, chain)
     wanted = base.size or own
     if wanted is not None and wanted not in sizes:

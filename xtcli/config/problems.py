@@ -179,7 +179,7 @@ def known_paths(layers: Layers) -> list[Path]:
         found += [path] if path else []
         stated = layers.at(path)
         for key in place.keys:
-            if not isinstance(stated, Mapping) or key not in stated:
+            if not isinstance(stated, Mapping) or key not in stated or key == "kind":
                 below = place.child(key, None)
                 found += [(*path, key), *((*path, key, name) for name in (below.keys if below else ()))]
     return found

@@ -41,7 +41,7 @@ class Shape:
         if self.of_kinds:
             return list(kinds(self.of_kinds))
         if self.config is None:
-            return list(self.names) or ["kind"] if self.slot else []
+            return ["kind"] if self.slot else list(self.names)
         return (["kind"] if self.slot else []) + list(self.config.model_fields)
 
     @property

@@ -1,12 +1,12 @@
-"""The name-map engine: tensors of theirs -> ours and back, by a plan, one move at a time.
+"""The name-map engine: tensors of theirs -> ours and back, one move of the plan at a time.
 
-`get` gives a tensor of the source by the plan's name when it is needed and not before, so that a checkpoint
-larger than memory passes through in pieces.
+`get` gives a tensor of the source when it is needed and not before, so that a checkpoint larger than memory
+passes through in pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,16 +17,16 @@ from xtcli.convert.rules import Move
 Get = Callable[[str], Tensor]
 
 
-def to_ours(plan: Plan, move: Move, get: Get, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ours that one move makes; each in memory of its own."""
+def to_ours(move: Move, get: Get, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ours that one move makes, each in memory of its own; `get` takes names of the plan."""
     made = move.operation.forward([get(name) for name in move.theirs], [like[name] for name in move.ours])
-    yield from zip(move.ours, map(packed, made), strict=True)
+    return dict(zip(move.ours, map(packed, made), strict=True))
 
 
-def to_theirs(plan: Plan, move: Move, get: Get) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of theirs that one move makes; each in memory of its own."""
+def to_theirs(move: Move, get: Get) -> dict[str, Tensor]:
+    """The tensors of theirs that one move makes, each in memory of its own; `get` takes names of ours."""
     made = move.operation.backward([get(name) for name in move.ours])
-    yield from zip(move.theirs, map(packed, made), strict=True)
+    return dict(zip(move.theirs, map(packed, made), strict=True))
 
 
 def packed(tensor: Tensor) -> Tensor:
@@ -37,4 +37,4 @@ def packed(tensor: Tensor) -> Tensor:
 
 def state_of(plan: Plan, get: Get, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of ours at once."""
-    return {name: tensor for move in plan.moves for name, tensor in to_ours(plan, move, get, like)}
+    return {name: tensor for move in plan.moves for name, tensor in to_ours(move, get, like).items()}

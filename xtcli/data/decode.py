@@ -42,7 +42,7 @@ class Decoder:
         self.vocab = library.get_vocab_size(with_added_tokens=True)
         form = json.loads(library.to_str())["decoder"]
         self.style = _style(form)
-        self._fallback = "ByteFallback" in json.dumps(form)
+        self.fallback = "ByteFallback" in json.dumps(form)
         self._letters = byte_letters() if self.style == "bytes" else {}
         self._first: dict[int, bytes] = {}
         self._rest: dict[int, bytes] = {}
@@ -70,7 +70,7 @@ class Decoder:
             return b"".join(
                 bytes([self._letters[letter]]) if letter in self._letters else letter.encode() for letter in token
             )
-        byte = _BYTE.fullmatch(token) if self._fallback else None
+        byte = _BYTE.fullmatch(token) if self.fallback else None
         if byte:
             return bytes([int(byte[1], 16)])
         decode = self.library.decoder.decode if self.library.decoder else " ".join

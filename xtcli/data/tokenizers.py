@@ -38,12 +38,12 @@ Role = Literal["pad", "unk", "bos", "eos", "cls", "sep", "mask"]
 Frame = Literal["none", "eos", "bos", "bos-eos", "cls-sep"]
 END = "<|endoftext|>"
 SAMPLE = 64
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_DOC = "special tokens by role, in the order of their ids; two roles may share a token"
 _FRAME_DOC = "special tokens that transformers' tokenizer puts around a text"
 _SENTINELS_DOC = "tokens <extra_id_0>, <extra_id_1> ... for span corruption; the first has the largest id"
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_USERS_CHOICE = os.environ.get("TOKENIZERS_PARALLELISM")
+os.environ["TOKENIZERS_PARALLELISM"] = _USERS_CHOICE or "false"
 """The library's threads do not survive a fork, so they are on only inside `threads()`."""
 
 
@@ -143,17 +143,15 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path | str, special: Mapping[str, str] | None = None) -> Tokenizer:
         """The tokenizer of a folder or a tokenizer.json; raises UserError for what is none. `special` adds roles."""
-        from xtcli.data.saved import load
-
-        library, names, settings = load(Path(path), special or {})
+        library, names, settings = roles.load(Path(path), special or {})
         return cls(library, names, settings)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too."""
-        settings = roles.settings(self.names, [self.library.id_to_token(id) for id in self.sentinels])
-        text = self.library.to_str(pretty=True)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
-        (folder / SETTINGS).write_text(json.dumps(self.settings | settings, indent=1) + "\n", encoding="utf-8")
+        extra = [self.library.id_to_token(id) for id in self.sentinels]
+        settings = roles.settings(self.names, extra, self.settings)
+        (folder / roles.FILE).write_text(self.library.to_str(pretty=True) + "\n", encoding="utf-8")
+        (folder / roles.SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @cached_property
     def digest(self) -> str:
@@ -277,7 +275,7 @@ def check_vocab(tokenizer: Tokenizer, rows: int, place: str = "", path: str = "m
 def threads() -> Iterator[None]:
     """Let the library use all cores inside; a TOKENIZERS_PARALLELISM of the user's own stays."""
     before = os.environ["TOKENIZERS_PARALLELISM"]
-    if not _USERS_CHOICE:
+    if _USERS_CHOICE is None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         yield
