@@ -28,12 +28,12 @@ END = 59
 
 @dataclass(frozen=True)
 class Case:
-    """One class of the reference with some options; `feeds` names the ways in which it is fed."""
+    """One class of the reference with some options, and the lengths of the texts that it is fed."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    feeds: tuple[str, ...] = ()
     note: str = ""
+    lengths: tuple[int, ...] = (1, 17)
 
     @property
     def family(self) -> str:
@@ -120,18 +120,98 @@ def mask(batch: int, length: int, side: str) -> Tensor:
 
 def feeds(case: Case, model: Any) -> dict[str, dict[str, Tensor]]:
     """The inputs to compare on, by name; padding comes as ids and mask alike."""
+    width = model.get_input_embeddings().weight.shape[1]
     found: dict[str, dict[str, Tensor]] = {}
-    for length in (1, 17, 33):
+    for length in case.lengths:
         found[f"length {length}"] = {"input_ids": ids(2, length)}
     for side in ("right", "left"):
         kept = mask(3, 12, side)
         found[f"padded {side}"] = {"input_ids": ids(3, 12).masked_fill(kept == 0, PAD), "attention_mask": kept}
-    width = model.get_input_embeddings().weight.shape[1]
-    found["embeds"] = {"inputs_embeds": torch.randn(2, 9, width, generator=torch.Generator().manual_seed(2))}
-    found["places"] = {"input_ids": ids(2, 9), "position_ids": torch.stack((torch.arange(9), torch.arange(9) + 5))}
-    types = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
-    found["types"] = {"input_ids": ids(2, 9), "token_type_ids": types}
-    return {name: given for name, given in found.items() if not case.feeds or name in case.feeds}
+    found["embeds"] = {"inputs_embeds": noise(2, 9, width)}
+    if case.family != "t5":
+        found["places"] = {"input_ids": ids(2, 9), "position_ids": torch.stack((torch.arange(9), torch.arange(9) + 5))}
+    if case.family in ("gpt2", "bert"):
+        found["types"] = {"input_ids": ids(2, 9), "token_type_ids": torch.tensor([[0] * 4 + [1] * 5, [1] * 9])}
+    found["loss"] = {"input_ids": ids(4, 9)} | labels(case, model)
+    if model.config.add_cross_attention:
+        for given in list(found.values()):
+            rows = next(iter(given.values())).shape[0]
+            given |= {"encoder_hidden_states": noise(rows, 7, width), "encoder_attention_mask": mask(rows, 7, "right")}
+        found["alone"] = {"input_ids": ids(2, 9)}
+    if case.name in ("BertForMultipleChoice", "GPT2DoubleHeadsModel"):
+        found = {name: grouped(given) for name, given in found.items() if name not in ("places", "length 1")}
+    if case.name == "GPT2DoubleHeadsModel":
+        for given in list(found.values()):
+            given.pop("position_ids", None)
+        found["picked"] = {"input_ids": ids(6, 9).reshape(2, 3, 9), "mc_token_ids": torch.tensor([[1, 8, 4], [0, 2, 7]])}
+        found["one text"] = {"input_ids": ids(2, 9), "mc_token_ids": torch.tensor([5, 3])}
+    if case.name in ("T5Model", "T5ForConditionalGeneration", "T5ForSequenceClassification", "T5ForQuestionAnswering"):
+        found = decoded(case, found, width)
+    return found
+
+
+def decoded(case: Case, found: dict[str, dict[str, Tensor]], width: int) -> dict[str, dict[str, Tensor]]:
+    """The same with something to decode, which the classes that label texts make of the source where it is absent."""
+    if case.name == "T5ForSequenceClassification":
+        for given in found.values():
+            source = given.get("input_ids")
+            if source is not None:
+                real = source != PAD
+                source[torch.arange(len(source)), (torch.arange(source.shape[1]) * real).argmax(-1)] = END
+        del found["embeds"]
+        return found | {"given": found["length 17"] | {"decoder_input_ids": ids(2, 17, 5)}}
+    if case.name == "T5ForQuestionAnswering":
+        del found["embeds"]
+        return found | {"given": found["length 17"] | {"decoder_input_ids": ids(2, 8, 5)}}
+    for name, given in found.items():
+        rows = next(iter(given.values())).shape[0]
+        if name != "loss" or case.name == "T5Model":
+            given["decoder_input_ids"] = ids(rows, 8, 5)
+        if name.startswith("padded"):
+            kept = mask(rows, 8, name.split()[1])
+            given |= {"decoder_input_ids": ids(rows, 8, 5).masked_fill(kept == 0, PAD), "decoder_attention_mask": kept}
+    return found | {"decoder embeds": {"input_ids": ids(2, 9), "decoder_inputs_embeds": noise(2, 6, width)}}
+
+
+def labels(case: Case, model: Any) -> dict[str, Tensor]:
+    """What the case's loss is measured against, for four texts of nine tokens."""
+    generator = torch.Generator().manual_seed(3)
+    name, count = case.name, model.config.num_labels
+    words = torch.randint(0, VOCAB, (4, 9), generator=generator).masked_fill(torch.arange(9) % 4 == 1, -100)
+    if name.endswith("QuestionAnswering"):
+        return {"start_positions": torch.tensor([0, 3, 8, 9]), "end_positions": torch.tensor([2, 3, 30, 1])}
+    if name.endswith("MultipleChoice"):
+        return {"labels": torch.tensor([1, 0])}
+    if name.endswith("DoubleHeadsModel"):
+        return {"labels": words, "mc_labels": torch.tensor([1, 0])}
+    if name.endswith("NextSentencePrediction"):
+        return {"labels": torch.tensor([0, 1, 1, 0])}
+    if name.endswith("PreTraining"):
+        return {"labels": words, "next_sentence_label": torch.tensor([0, 1, 1, 0])}
+    if name.endswith("TokenClassification"):
+        return {"labels": words.clamp(max=count - 1)}
+    if name.endswith("SequenceClassification"):
+        many = model.config.problem_type == "multi_label_classification"
+        if count == 1 or many or model.config.problem_type == "regression":
+            return {"labels": torch.rand(4, count, generator=generator).round(decimals=0 if many else 3)}
+        return {"labels": torch.randint(0, count, (4,), generator=generator)}
+    return {"labels": words} if name.endswith(("LMHeadModel", "CausalLM", "MaskedLM", "Generation")) else {}
+
+
+def grouped(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows in groups of two (three where there are three) choices."""
+    rows = next(iter(given.values())).shape[0]
+    size = 3 if rows == 3 else 2
+    alone = ("mc_labels", "encoder_hidden_states", "encoder_attention_mask")
+    return {
+        name: value if name in alone or value.shape[0] != rows else value.unflatten(0, (-1, size))
+        for name, value in given.items()
+    }
+
+
+def noise(*shape: int) -> Tensor:
+    """Random vectors."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
 def compared(given: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
@@ -140,11 +220,14 @@ def compared(given: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
     for name, value in output.items():
         for number, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
             if isinstance(tensor, Tensor):
-                found[f"{name}.{number}" if isinstance(value, tuple) else name] = tensor
-    kept = {"": given.get("attention_mask"), "decoder_": given.get("decoder_attention_mask")}
+                # The reference groups only the last of the hidden states by choices.
+                flat = tensor.flatten(0, -3) if name == "hidden_states" else tensor
+                found[f"{name}.{number}" if isinstance(value, tuple) else name] = flat
+    decodes = any(name.startswith("decoder_") for name in given)
     for name, tensor in found.items():
-        decodes = "decoder_input_ids" in given or "decoder_inputs_embeds" in given
-        which = kept["decoder_" if decodes and not name.startswith("encoder") else ""]
-        if which is not None and tensor.dim() >= which.dim() and tensor.shape[: which.dim()] == which.shape:
-            found[name] = tensor * which.reshape(*which.shape, *[1] * (tensor.dim() - which.dim()))
+        kept = given.get("decoder_attention_mask" if decodes and not name.startswith("encoder") else "attention_mask")
+        if kept is not None and name.startswith("hidden_states"):
+            kept = kept.flatten(0, -2)
+        if kept is not None and tensor.shape[: kept.dim()] == kept.shape:
+            found[name] = tensor * kept.reshape(*kept.shape, *[1] * (tensor.dim() - kept.dim()))
     return found

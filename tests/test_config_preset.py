@@ -99,6 +99,7 @@ def test_every_value_has_an_origin_and_a_place(base: Path) -> None:
 OVERRIDES = [
     ("train.lr=3e-4", "train.lr", 3e-4),
     ("train.betas=[0.8, 0.9]", "train.betas", (0.8, 0.9)),
+    ("train.betas.1=0.5", "train.betas", (0.9, 0.5)),
     ("train.clip=null", "train.clip", None),
     ("train.compile=false", "train.compile", False),
     ("train.sample_prompts=[def , class ]", "train.sample_prompts", ("def", "class")),

@@ -111,9 +111,11 @@ def _kind(slot: Slot, raw: Any) -> type[BaseModel] | None:
     return found.Config if found else None  # type: ignore[attr-defined]
 
 
-def seed(place: Shape) -> dict[str, Any]:
-    """The map that stands for a place's default: its kind and what the default states explicitly."""
+def seed(place: Shape) -> dict[str, Any] | list[Any]:
+    """What stands for a place's default: a list, or a map of its kind and what the default states explicitly."""
     default = place.info.get_default(call_default_factory=True, validated_data={}) if place.info else None
+    if isinstance(default, tuple):
+        return [tree(item) for item in default]
     if not isinstance(default, Config):
         return {}
     stated = {

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from xtcli.data.decode import StreamDecoder
-from xtcli.data.tokenizers import Tokenizer
+from xtcli.data.tokenizers import StreamDecoder, Tokenizer
 from xtcli.errors import refuse
 from xtcli.generate.beams import search
 from xtcli.generate.decode import Finish, Row, Rules, decode
@@ -120,9 +119,7 @@ def _job(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Opti
 def _sources(
     model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], soft: int | None, most: int
 ) -> list[Prompt]:
-    front, back = role(tokenizer, "bos", "cls"), role(tokenizer, "eos", "sep")
-    frame = [] if front is None or front == back else [front], [] if back is None else [back]
-    prompts = to_read(tokenizer, texts, Reach(limit_of(model.encoder), soft), *frame)
+    prompts = to_read(tokenizer, texts, Reach(limit_of(model.encoder), soft))
     target = Reach(limit_of(model.decoder), soft).tokens
     budget = most if target is None else min(most, target - 1)
     return [replace(prompt, budget=budget, bounded=budget < most) for prompt in prompts]

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError, refuse
-from xtcli.generate.prompts import Prompt, Reach, named, padded_right, role, too_long
-from xtcli.objectives.base import Tokenizer
+from xtcli.generate.prompts import Prompt, Reach, frame_of, named, padded_right, role, too_long
 from xtcli.parts.graphs import Graph
 
 MASK = "[MASK]"
@@ -44,7 +44,7 @@ def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, mask_text:
     mask = role(tokenizer, "mask")
     if mask is None:
         raise refuse("the tokenizer has no mask token, so there is nothing to fill", "use a model trained with one")
-    front, back = ([] if (id := role(tokenizer, name)) is None else [id] for name in ("cls", "sep"))
+    front, back = frame_of(tokenizer, ["cls"], ["sep"])
     prompts, wrong = [], []
     for number, text in enumerate(texts):
         pieces = pieces_of(tokenizer, text, mask_text)
@@ -90,11 +90,5 @@ def fill(model: Graph, head: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt
             masks.append([Guess(t, tokenizer.decode([t]), p) for t, p in zip(tokens, values, strict=True)])
         written = iter(masks)
         whole = [next(written)[0].token if id == mask_id else id for id in prompt.ids]
-        answers.append(Filled(prompt.text, spoken(tokenizer, whole), masks))
+        answers.append(Filled(prompt.text, tokenizer.decode(whole, special=False), masks))
     return answers
-
-
-def spoken(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids without what frames it."""
-    frame = {id for name, id in tokenizer.special.items() if name in ("cls", "sep", "pad", "bos", "eos")}
-    return tokenizer.decode([id for id in ids if id not in frame])

@@ -1,12 +1,13 @@
 """From texts to rows of tokens: what frames them, how long they may become, which go together.
 
-A text is framed as training framed it:
+A text is framed by the tokenizer's template or, where that adds nothing, as training framed it:
 
     decoder           bos in front, where the tokenizer has one that is not its eos too
     encoder-decoder   bos (or cls) in front, eos (or sep) behind
     encoder           cls in front, sep behind
 
-Rows of one batch are padded on the left, so that every row's next token falls into the same slot.
+A decoder's text is to go on, so nothing is put behind it. Rows of one batch are padded on the left, so
+that every row's next token falls into the same slot.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError
-from xtcli.objectives.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,46 +52,50 @@ class Reach:
         return shorten
 
 
-def framed(tokenizer: Tokenizer, text: str, front: Sequence[int], back: Sequence[int]) -> list[int]:
-    """The ids of a text between what frames it."""
-    return [*front, *tokenizer.encode(text), *back]
-
-
 def role(tokenizer: Tokenizer, *roles: str) -> int | None:
     """The id of the first of these roles that the tokenizer has."""
     return next((tokenizer.special[name] for name in roles if name in tokenizer.special), None)
 
 
+def frame_of(tokenizer: Tokenizer, front: Sequence[str], back: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The ids around a text: the template's, or else the first of the roles `front` and of the roles `back`."""
+    whole = tokenizer.encode("a", special=True)
+    plain = [place for place, id in enumerate(whole) if id not in tokenizer.control]
+    if plain and len(plain) < len(whole):
+        return whole[: plain[0]], whole[plain[-1] + 1 :]
+    before, after = role(tokenizer, *front), role(tokenizer, *back)
+    return [] if before is None or before == after else [before], [] if after is None else [after]
+
+
 def to_continue(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, most: int) -> list[Prompt]:
     """Prompts of a decoder; raises UserError for those that leave no room or nothing to go on from."""
-    bos, eos = role(tokenizer, "bos"), role(tokenizer, "eos")
-    front = [] if bos is None or bos == eos else [bos]
-    opening = next(([token] for token in (bos, eos) if token is not None), [])
+    front, _ = frame_of(tokenizer, ["bos"], ["eos"])
+    opening = role(tokenizer, "bos", "eos")
     prompts, wrong = [], []
     for number, text in enumerate(texts):
-        ids = framed(tokenizer, text, front, []) or opening
+        ids = front + tokenizer.encode(text) or ([] if opening is None else [opening])
         if not ids:
             cause = "is empty, and the tokenizer has no token that begins a text"
             wrong.append(Problem(cause, named(number, texts), remedy="give some text"))
             continue
         room = most if reach.tokens is None else reach.tokens - len(ids)
         if room < 1:
-            wrong.append(too_long(number, texts, len(ids), reach, "and leaves no room for a new one; "))
+            wrong.append(too_long(number, texts, len(ids), reach, "which leaves no room for a new one: "))
         prompts.append(Prompt(number, text, ids, min(room, most), room < most))
     if wrong:
         raise UserError(*wrong)
     return prompts
 
 
-def to_read(
-    tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, front: Sequence[int], back: Sequence[int]
-) -> list[Prompt]:
+def to_read(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Prompt]:
     """Prompts of an encoder; raises UserError for those that are empty or too long."""
+    front, back = frame_of(tokenizer, ["bos", "cls"], ["eos", "sep"])
     prompts, wrong = [], []
     for number, text in enumerate(texts):
-        ids = framed(tokenizer, text, front, back)
-        if len(ids) == len(front) + len(back):
+        inner = tokenizer.encode(text)
+        if not inner:
             wrong.append(Problem("is empty", named(number, texts), remedy="give some text"))
+        ids = [*front, *inner, *back]
         if reach.tokens is not None and len(ids) > reach.tokens:
             wrong.append(too_long(number, texts, len(ids), reach))
         prompts.append(Prompt(number, text, ids))
