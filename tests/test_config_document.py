@@ -83,7 +83,10 @@ def test_places_are_those_of_keys_and_values() -> None:
 REFUSED_AT_ONCE = [
     ("a: [1, 2\nb: 3", "f:2:2: is not YAML: expected ',' or ']'"),
     ("a: b: c", "f:1:5: is not YAML: mapping values are not allowed here; check the indentation"),
-    ("a:\n\tb: 1", "f:2:1: is not YAML: found character '\\t' that cannot start any token; indent with spaces, not tabs"),
+    (
+        "a:\n\tb: 1",
+        "f:2:1: is not YAML: found character '\\t' that cannot start any token; indent with spaces, not tabs",
+    ),
     ("a: 1\n---\nb: 2", "f:2:1: is not YAML"),
     ("a: *nobody", "f:1:4: is not YAML: found undefined alias 'nobody'"),
     ("a: 'x", "f:1:6: is not YAML"),

@@ -5,38 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from base_preset import ATTN, BASE, FFN
 
 from xtcli.config.preset import Preset, load_preset
 from xtcli.errors import UserError
-
-BASE = """\
-version: 1
-about: {title: Base, year: 2019}
-size: small
-model:
-  kind: decoder
-  vocab: 1000
-  dim: 96
-  context: 256
-  norm: {kind: layer, eps: 1e-6}
-  embed: {kind: tokens, positions: learned}
-  stack:
-    layers: 6
-    block:
-      sublayers:
-        attn: {kind: attention, heads: 6}
-        ffn: {kind: mlp, hidden: 384, act: relu}
-  heads: {lm: {tied: true}}
-sizes:
-  small: {}
-  big: {model.dim: 192, model.stack.layers: 8, model.norm: rms}
-objective: clm
-tokenizer: bytes
-train: {steps: 1000, lr: 3e-4}
-expect: {parameters: {small: 11, big: 22}}
-"""
-FFN = "model.stack.block.sublayers.ffn"
-ATTN = "model.stack.block.sublayers.attn"
 
 
 @pytest.fixture
@@ -181,7 +153,10 @@ BAD_CHILDREN = [
     ("extends: ./child.yaml\n", "child.yaml: extends: extends itself; name another preset"),
     ("extends: gpt2-smal\n", "child.yaml:2:10: extends: there is no preset 'gpt2-smal'; did you mean 'gpt2-small'?"),
     ("extends: ./bse.yaml\n", "child.yaml:2:10: extends: there is no file './bse.yaml'; did you mean './base.yaml'?"),
-    ("extends: 3\n", "child.yaml:2:10: extends: should be a preset's name, a relative path, or {preset: ..., size: ...}"),
+    (
+        "extends: 3\n",
+        "child.yaml:2:10: extends: should be a preset's name, a relative path, or {preset: ..., size: ...}",
+    ),
     (
         "extends: {preset: ./base.yaml, size: bigg}\n",
         "child.yaml:2:38: extends.size: there is no size 'bigg'; did you mean 'big'?",
@@ -210,7 +185,9 @@ def test_expect_is_that_of_the_size_and_falls_with_a_changed_model(base: Path) -
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("size", [None, "big"])
 def test_the_resolved_yaml_loads_to_an_equal_preset(base: Path, size: str | None, tiny: bool) -> None:
-    found = load_preset(base, ["data.source='a: b #'", "train.sample_prompts=['no', \"a\\nb\", '3e-4']"], size=size, tiny=tiny)
+    found = load_preset(
+        base, ["data.source='a: b #'", "train.sample_prompts=['no', \"a\\nb\", '3e-4']"], size=size, tiny=tiny
+    )
     Path("run").mkdir()
     Path("run/preset.yaml").write_text(found.to_yaml())
     again = load_preset("run")
@@ -239,7 +216,10 @@ def test_a_file_of_another_version_or_none_is_refused_in_one_sentence(base: Path
 REFERENCES = [
     ("nothing.yaml", "there is no file 'nothing.yaml'; `xt inspect` lists the presets"),
     ("bass.yaml", "there is no file 'bass.yaml'; did you mean 'base.yaml'?"),
-    ("elsewhere/gpt2-small.yaml", "there is no file 'elsewhere/gpt2-small.yaml'; did you mean the preset 'gpt2-small'?"),
+    (
+        "elsewhere/gpt2-small.yaml",
+        "there is no file 'elsewhere/gpt2-small.yaml'; did you mean the preset 'gpt2-small'?",
+    ),
     ("gpt2-smol", "there is no preset 'gpt2-smol'; did you mean 'gpt2-small'?"),
     ("zzz", "there is no preset 'zzz'; `xt inspect` lists them; a file's name ends in .yaml"),
     ("hollow", "the folder 'hollow' holds no preset.yaml; name a preset, its file, or a run or checkpoint folder"),

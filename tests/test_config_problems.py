@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from base_preset import ATTN, BASE, FFN
 
-from tests.test_config_preset import ATTN, BASE, FFN
 from xtcli.config import library
 from xtcli.config.document import Path as TreePath
 from xtcli.config.document import parse, read

@@ -82,7 +82,9 @@ class Layers:
             if isinstance(value, list):
                 if not isinstance(key, int) or not 0 <= key < len(value):
                     where = ".".join(map(str, path[:depth]))
-                    entries = f"its entries are {where}.0 to {where}.{len(value) - 1}" if value else f"write {where}=[...]"
+                    entries = (
+                        f"its entries are {where}.0 to {where}.{len(value) - 1}" if value else f"write {where}=[...]"
+                    )
                     raise Obstacle(f"'{where}' is a list of {len(value)}", entries)
             elif not isinstance(value, dict):
                 where = ".".join(map(str, path[:depth]))

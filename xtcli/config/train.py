@@ -36,9 +36,7 @@ class TrainConfig(Config):
     )
     warmup: int = field("steps over which the learning rate rises to its peak", 100, ge=0)
     decay: float = field("wsd only: share of the steps over which the learning rate falls", 0.2, gt=0, le=1)
-    weight_decay: float = field(
-        "AdamW's decay of matrices and tables; gains and biases have none", 0.1, ge=0
-    )
+    weight_decay: float = field("AdamW's decay of matrices and tables; gains and biases have none", 0.1, ge=0)
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = field("AdamW's running-mean factors", (0.9, 0.95))
     eps: float = field("AdamW's term added to the denominator", 1e-8, gt=0)
     clip: float | None = field("largest norm of all gradients together; null does not clip", 1.0, gt=0)

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO
 
-PIECE = 1 << 18
+PIECE = 1 << 16
 """Characters after which a text is cut at the next safe place."""
 LONGEST = 1 << 20
 """Characters after which it is cut even within a word."""

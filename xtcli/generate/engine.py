@@ -23,7 +23,7 @@ from xtcli.errors import refuse
 from xtcli.generate.beams import search
 from xtcli.generate.decode import Finish, Row, Rules, decode
 from xtcli.generate.feed import Feed
-from xtcli.generate.fill import MASK, fill, to_fill
+from xtcli.generate.fill import fill, to_fill
 from xtcli.generate.options import Answer, Options, Task, Written
 from xtcli.generate.prompts import Prompt, Reach, check_ids, grouped, role, to_continue, to_read
 from xtcli.generate.sampling import Sampling, draw_seed
@@ -185,7 +185,7 @@ def _search(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[tuple[in
 def _fill(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Options, answer: Answer) -> None:
     head = model.heads["mlm"] if "mlm" in model.heads else model.heads["lm"]
     reach = Reach(limit_of(model), None if options.past_context else model.context)
-    prompts = to_fill(tokenizer, texts, reach, tokenizer.mask_text or MASK)
+    prompts = to_fill(tokenizer, texts, reach)
     check_ids(prompts, model.vocab)
     began = time.perf_counter()
     for at in range(0, len(prompts), ROWS):

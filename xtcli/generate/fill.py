@@ -2,20 +2,18 @@
 
     p(token | everything else), one softmax for each mask; several masks are filled independently
 
-A mask is written as the tokenizer's own mask token or as [MASK]. Tokenizers that put the space into the
-word behind it read "a [MASK]" as a word and a mask, as in training, so the space before a mask is left out.
+A mask is written as the tokenizer's own mask token or as [MASK].
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError, refuse
-from xtcli.generate.prompts import Prompt, Reach, frame_of, named, padded_right, role, too_long
+from xtcli.generate.prompts import Prompt, Reach, encode_marked, frame_of, named, padded_right, role, too_long
 from xtcli.parts.graphs import Graph
 
 MASK = "[MASK]"
@@ -39,36 +37,25 @@ class Filled:
     masks: list[list[Guess]]
 
 
-def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, mask_text: str) -> list[Prompt]:
+def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Prompt]:
     """Prompts with masks; raises UserError for those without one or too long."""
-    mask = role(tokenizer, "mask")
+    mask, written = role(tokenizer, "mask"), tokenizer.mask_text or MASK
     if mask is None:
         raise refuse("the tokenizer has no mask token, so there is nothing to fill", "use a model trained with one")
     front, back = frame_of(tokenizer, ["cls"], ["sep"])
     prompts, wrong = [], []
     for number, text in enumerate(texts):
-        pieces = pieces_of(tokenizer, text, mask_text)
-        if len(pieces) == 1:
+        ids = [*front, *encode_marked(tokenizer, text, {written: mask, MASK: mask}), *back]
+        if mask not in ids:
             wrong.append(
-                Problem("has no mask", named(number, texts), remedy=f"write {mask_text} for what is to be filled")
+                Problem("has no mask", named(number, texts), remedy=f"write {written} for what is to be filled")
             )
-        ids = [*front, *tokenizer.encode(pieces[0])]
-        for piece in pieces[1:]:
-            ids += [mask, *tokenizer.encode(piece)]
-        ids += back
         if reach.tokens is not None and len(ids) > reach.tokens:
             wrong.append(too_long(number, texts, len(ids), reach))
         prompts.append(Prompt(number, text, ids))
     if wrong:
         raise UserError(*wrong)
     return prompts
-
-
-def pieces_of(tokenizer: Tokenizer, text: str, mask_text: str) -> list[str]:
-    """The text between the masks."""
-    space = " ?" if len(tokenizer.encode(" a")) == 1 else ""
-    masks = "|".join(re.escape(mask) for mask in dict.fromkeys((mask_text, MASK)))
-    return re.split(f"{space}(?:{masks})", text)
 
 
 def fill(model: Graph, head: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], top: int) -> list[Filled]:

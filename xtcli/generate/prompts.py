@@ -3,7 +3,7 @@
 A text is framed by the tokenizer's template or, where that adds nothing, as training framed it:
 
     decoder           bos in front, where the tokenizer has one that is not its eos too
-    encoder-decoder   bos (or cls) in front, eos (or sep) behind
+    encoder-decoder   bos (or cls) in front, eos (or sep) behind; <extra_id_0> ... are read as sentinels
     encoder           cls in front, sep behind
 
 A decoder's text is to go on, so nothing is put behind it. Rows of one batch are padded on the left, so
@@ -12,12 +12,14 @@ that every row's next token falls into the same slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from xtcli.data.special import sentinel_name
 from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError
 
@@ -67,6 +69,23 @@ def frame_of(tokenizer: Tokenizer, front: Sequence[str], back: Sequence[str]) ->
     return [] if before is None or before == after else [before], [] if after is None else [after]
 
 
+def encode_marked(tokenizer: Tokenizer, text: str, marks: Mapping[str, int]) -> list[int]:
+    """The ids of a text in which some strings (masks, sentinels) stand for ids of their own.
+
+    Where the tokenizer makes a space part of the word behind it, the space before a mark is left out: in
+    training a mark stands for a word with its space.
+    """
+    if not marks:
+        return tokenizer.encode(text)
+    space = " ?" if len(tokenizer.encode(" a")) == 1 else ""
+    longest_first = sorted(marks, key=len, reverse=True)
+    pieces = re.split(f"{space}({'|'.join(map(re.escape, longest_first))})", text)
+    ids = tokenizer.encode(pieces[0])
+    for mark, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        ids += [marks[mark], *tokenizer.encode(piece)]
+    return ids
+
+
 def to_continue(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, most: int) -> list[Prompt]:
     """Prompts of a decoder; raises UserError for those that leave no room or nothing to go on from."""
     front, _ = frame_of(tokenizer, ["bos"], ["eos"])
@@ -90,9 +109,10 @@ def to_continue(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach, most: 
 def to_read(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Prompt]:
     """Prompts of an encoder; raises UserError for those that are empty or too long."""
     front, back = frame_of(tokenizer, ["bos", "cls"], ["eos", "sep"])
+    marks = {sentinel_name(number): id for number, id in enumerate(tokenizer.sentinels)}
     prompts, wrong = [], []
     for number, text in enumerate(texts):
-        inner = tokenizer.encode(text)
+        inner = encode_marked(tokenizer, text, marks)
         if not inner:
             wrong.append(Problem("is empty", named(number, texts), remedy="give some text"))
         ids = [*front, *inner, *back]

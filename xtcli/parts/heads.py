@@ -120,6 +120,7 @@ class LanguageModel(Head):
         scale: float | Literal["inverse-sqrt-dim"] = field("multiplies the hidden states", 1.0)
         softcap: float | None = field("bends logits into (-cap, cap)", None, gt=0)
         transform: Annotated[Config, Slot("transform")] = field("what comes before the matrix", NoTransform.Config())
+        shift: bool | None = field("labels are shifted to their successors; null = in a causal model", None)
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class LanguageModel(Head):
         self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
         self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
         self.scale = scope.dim**-0.5 if config.scale == "inverse-sqrt-dim" else float(config.scale)
-        self.cap = config.softcap
+        self.cap, self.shift = config.softcap, config.shift
 
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -146,7 +147,8 @@ class LanguageModel(Head):
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         found = labels.get(self.label)
-        return shifted(found) if causal and found is not None else found
+        shift = causal if self.shift is None else self.shift
+        return shifted(found) if shift and found is not None else found
 
 
 @part("head", "mlm")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Role = Literal["input", "query", "output", "head"]
 
@@ -19,3 +20,8 @@ class Linear(nn.Linear):
     def __init__(self, inner: int, outer: int, bias: bool, role: Role = "input") -> None:
         super().__init__(inner, outer, bias=bias)
         self.role = role
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least float32, for sums that 16 bits cannot hold."""
+    return x if x.dtype == torch.float64 else x.float()

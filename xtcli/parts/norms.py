@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from xtcli.parts.linear import widen
 from xtcli.parts.scope import Scope
 from xtcli.registry import Config, Slot, field, part
 
@@ -56,7 +57,7 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widen(x)
         scaled = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return scaled * (self.weight + self.offset) if self.offset else scaled * self.weight
 

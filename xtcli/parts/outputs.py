@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.parts.linear import widen
+
 IGNORE = -100
 """A target that is not supervised."""
 
@@ -54,7 +56,7 @@ class Term:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Term:
     """Summed cross-entropy of logits (..., C) against targets (...), float32, IGNORE left out."""
     flat = targets.reshape(-1)
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), flat, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(widen(logits.reshape(-1, logits.shape[-1])), flat, ignore_index=IGNORE, reduction="sum")
     return Term(total, (flat != IGNORE).sum())
 
 

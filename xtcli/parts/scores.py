@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtcli.parts.context import Visible
+from xtcli.parts.linear import widen
 from xtcli.registry import Config, field, part
 
 
@@ -44,7 +45,7 @@ class Softmax(Score):
     def weights(config: Any, scores: Tensor, hidden: Tensor | None) -> Tensor:
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
-        return scores.softmax(-1, dtype=torch.float32)
+        return widen(scores).softmax(-1)
 
 
 @part("score", "softmax-wide")

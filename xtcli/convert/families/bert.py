@@ -123,7 +123,7 @@ FORMS = (
         POOLER,
     ),
     Form("BertForMaskedLM", "bert.", {"mlm": _mlm("logits")}, {}, _both),
-    Form("BertLMHeadModel", "bert.", {"lm": {"tied": TIED, "bias": True, "transform": TRANSFORM}}, {}, _both),
+    Form("BertLMHeadModel", "bert.", {"lm": {"tied": TIED, "bias": True, "transform": TRANSFORM, "shift": True}}, {}, _both),
     Form("BertModel", "", {}, POOLER),
     Form("BertModel", "", {}),
     Form("BertForSequenceClassification", "bert.", {"sequence": SEQUENCE}, POOLER),
