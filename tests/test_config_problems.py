@@ -86,6 +86,7 @@ OVERRIDES = [
     ("=3", "has no key before '='; write a.b=value"),
     ("a..b=3", "has an empty key; write a.b=value"),
     ("train.lr=", "has no value; write train.lr=null for none, train.lr='\"\"' for an empty text"),
+    ("train.lr=#", "has no value; write train.lr=null for none, train.lr='\"\"' for an empty text"),
     ("train.lr=[1", "train.lr: is not YAML: expected ',' or ']', but got '<stream end>'; quote the value if it is text"),
     ("train.lr=fast", "train.lr: should be a number, not the text 'fast'"),
     ("train.steps=010", "train.steps: 010 starts with a zero, which some read as octal; write 10, or quote it if it is text"),

@@ -14,6 +14,7 @@ from xtcli.data.tokenizers import Bytes, Tokenizer, Unigram, WordPiece
 from xtcli.data.train_tokenizer import train
 from xtcli.errors import UserError
 from xtcli.generate import Answer, Options, Sampling, Written, generate, task_of
+from xtcli.generate.decode import Piece
 from xtcli.model import Model
 
 BYTES = train(Bytes.Config(), [])
@@ -75,7 +76,15 @@ def test_stream_joined_is_the_text(sampling: Sampling) -> None:
     heard: dict[int, list[str]] = {}
     prompts = [f"{n}" for n in range(40)]
     options = Options(max_tokens=30, sampling=sampling, seed=1)
-    answer = generate(model, BYTES, prompts, options, lambda row, text: heard.setdefault(row, []).append(text))
+    done = []
+
+    def hear(piece: Piece) -> None:
+        assert piece.row not in done
+        heard.setdefault(piece.row, []).append(piece.text)
+        done.extend([piece.row] * piece.done)
+
+    answer = generate(model, BYTES, prompts, options, hear)
+    assert sorted(done) == list(range(40))
     for row, written in enumerate(answer.written):
         assert "".join(heard[row]) == written.text
         assert written.text == BYTES.decode([id for id in written.tokens if id != 256])

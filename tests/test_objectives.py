@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeSplit, FakeTokenizer, documents, tokens
 
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.data.loader import validation_batches
 from xtcli.errors import UserError
+from xtcli.model import Model, build
 from xtcli.objectives import CausalLM, MaskedLM, Objective, Pairs, SpanCorruption
 from xtcli.registry import find, kinds
 
@@ -170,6 +172,27 @@ def test_a_document_reads_the_same_whatever_stands_beside_it(tokenizer: FakeToke
                     assert both[k][ids == number].tolist() == single[k][alone.inputs["document_ids"] == 0].tolist()
 
 
+def gradients(model: Model, batch: Batch, number: int) -> tuple[float, list[torch.Tensor]]:
+    """The loss of document `number` of a one-row batch, and its gradient for every parameter."""
+    targets = torch.where(batch.inputs["document_ids"] == number, batch.targets["lm"], IGNORE)
+    loss = model.losses(batch.inputs, {"lm": targets})["lm"].sum
+    return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-small", "tinyllama-1.1b"])
+def test_a_model_learns_the_same_from_a_document_whatever_stands_beside_it(preset: str) -> None:
+    """DA-2, through the model: bit for bit beside another text; alone, but for the shape of the sums."""
+    model = build(preset, tiny=True).eval()
+    loss, first = gradients(model, everything(clm([A, B], context=10, pack="documents")), 1)
+    other_loss, other = gradients(model, everything(clm([[90, 91, 17, 23, 50], B], context=10, pack="documents")), 1)
+    alone_loss, alone = gradients(model, everything(clm([B], context=4, pack="documents")), 0)
+    assert loss == other_loss
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert loss == pytest.approx(alone_loss, rel=1e-5)
+    for a, b in zip(first, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("pack", ["stream", "documents", "none"])
 @pytest.mark.parametrize(
     "tokenizer", [LLAMA, GPT2, FakeTokenizer(eos=EOS, pad=EOS)], ids=["bos eos", "one token", "pad"]
@@ -226,7 +249,8 @@ def test_short_text_trains_or_is_refused(size: int, pack: str, tokenizer: FakeTo
             assert batch.supervised()["lm"] == min(answers, 8 if pack == "none" else answers)
         else:
             with pytest.raises(
-                UserError, match=r"the text has \d+ tokens?( and nothing to predict|, and one block takes 8); "
+                UserError,
+                match=r"the (validation )?text has \d+ tokens?( and nothing to predict|, and one block takes 8); ",
             ):
                 clm([tokens(size)], tokenizer, pack=pack, validation=validation)
 
@@ -328,6 +352,22 @@ def test_next_sentences_are_labelled_truly() -> None:
     assert batch.targets["nsp"].shape == (len(made),)
     assert batch.supervised()["nsp"] == len(made)
     assert batch.inputs["attention_mask"].sum() == batch.tokens
+
+
+def test_next_sentences_of_one_document_come_from_another_place_of_it() -> None:
+    made = mlm([list(range(16, 116))], context=32, next_sentence=True)
+    seen = set()
+    for epoch in range(40):
+        for i in range(len(made)):
+            sample = made.sample(i, epoch)
+            text, label = unmasked(sample), int(sample["targets.nsp"])
+            cut = text.index(SEP)
+            assert (text[cut + 1] - text[cut - 1] == 1) == (label == 0)
+            seen.add(label)
+    assert seen == {0, 1}
+    assert "B comes from another place" in made.describe()
+    pair = mlm([[16, 17]], next_sentence=True)
+    assert {tuple(unmasked(pair.sample(0, e))) for e in range(20)} == {(CLS, 16, SEP, b, SEP) for b in (16, 17)}
 
 
 # Span corruption
@@ -469,13 +509,9 @@ REFUSALS: dict[str, tuple[Callable[[], Objective], str]] = {
         lambda: mlm([LONG], T5),
         "needs a cls and sep and mask token and the tokenizer has none; set tokenizer.spe",
     ),
-    "one document": (
-        lambda: mlm([LONG], next_sentence=True),
-        "needs two documents or more, and the text has 1; give mo",
-    ),
     "no text": (lambda: mlm([[]]), "the text has no document of 1 token or more; give more text"),
-    "short mlm": (lambda: mlm([A]), r"the text has 6 tokens, and one block takes 30; .* model.context to 8 or less"),
-    "narrow": (lambda: mlm([LONG], context=7), "a context of 7 tokens leaves no room for text; set model.context to 8"),
+    "short mlm": (lambda: mlm([A]), r"the text has 6 tokens, and one block takes 30; .* train.context to 8 or less"),
+    "narrow": (lambda: mlm([LONG], context=7), "a context of 7 tokens leaves no room for text; set train.context to 8"),
     "eos": (lambda: spans([LONG], BERT), "span corruption needs a eos token"),
     "start": (lambda: spans([LONG], FakeTokenizer(eos=EOS)), "the decoder's first input needs a pad token"),
     "sentinels": (
@@ -483,8 +519,16 @@ REFUSALS: dict[str, tuple[Callable[[], Objective], str]] = {
         "needs 3 sentinels, and the tokenizer has 2; set tokenizer.sentinels=3",
     ),
     "short spans": (lambda: spans([A]), "the text has 5 tokens, and one block takes 34; give more text"),
+    "no validation": (
+        lambda: mlm([[]], validation=True),
+        "the validation text has no document of 1 token or more; set data.validation to a larger share, or to 0",
+    ),
     "no spans": (lambda: spans([[20]], pack="none"), "the text has 0 tokens, and a span takes 2"),
     "no pairs": (lambda: pairs([A, []], [[], B]), "no pair has text on both sides; check data.source"),
+    "long pairs": (
+        lambda: pairs([A], [B], target_length=13),
+        "target_length is 13, and the context has 12 tokens; raise train.context, or lower objective.target_length",
+    ),
     "pair eos": (lambda: pairs([A], [B], FakeTokenizer(pad=PAD)), "set tokenizer.special.eos"),
     "no words": (lambda: mlm([LONG], Speechless(mask=6, cls=4, sep=5), whole_word=True), "whole-word masks need"),
 }

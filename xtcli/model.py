@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from xtcli.config.preset import Resolved, load_preset
-from xtcli.errors import Problem, UserError, did_you_mean, refuse
+from xtcli.errors import Problem, UserError, did_you_mean, nearest, refuse
 from xtcli.parts.graphs import Graph
 from xtcli.parts.scope import Refused
 from xtcli.registry import Config, part_of
-from xtcli.runs.folder import commit_folder, verify
+from xtcli.runs.folder import commit_folder
 from xtcli.runs.tensors import load_weights, save_weights
 
 Model = Graph
@@ -75,8 +75,12 @@ def load(path: str | Path, device: torch.device | str | None = None, dtype: torc
     Weights keep the type they were stored in unless `dtype` is given. Raises UserError for a folder that is
     no checkpoint, is damaged, or does not fit its own preset.
     """
-    folder = find_checkpoint(path)
-    resolved = load_preset(folder)
+    return load_folder(find_checkpoint(path), device, dtype)
+
+
+def load_folder(folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+    """`load` for a checkpoint folder that `find_checkpoint` gave, and so has verified."""
+    resolved = load_preset(folder / "preset.yaml")
     model = skeleton(resolved)
     target = torch.device(device) if device is not None else torch.get_default_device()
     if target.type == "meta":
@@ -91,17 +95,17 @@ def load(path: str | Path, device: torch.device | str | None = None, dtype: torc
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest whole one of a run."""
-    from xtcli.runs.checkpoint import newest
+    """The checkpoint folder that `path` means, verified: itself, or the newest whole one of a run."""
+    from xtcli.runs.checkpoint import locate
 
     folder = Path(path)
-    if not folder.exists():
-        near = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise refuse(f"there is no folder '{path}'", did_you_mean(str(path), near) if near else "train or build first")
-    if (folder / "manifest.json").exists():
-        verify(folder)
-        return folder
-    return newest(folder)
+    if folder.exists():
+        return locate(folder)
+    beside = [entry for place in (folder.parent, Path("runs")) if place.is_dir() for entry in place.iterdir()]
+    names = {entry.name: str(entry) for entry in beside if entry.is_dir()}
+    near = nearest(folder.name, names)
+    remedy = f"did you mean '{names[near]}'?" if near else "name a folder that xt train or xt build made"
+    raise refuse("no such run or checkpoint", remedy, place=str(path))
 
 
 def _check(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:

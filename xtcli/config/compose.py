@@ -60,7 +60,7 @@ def compose(
     layers.merge(document, raw)
     sizes = _sizes(document, parts["sizes"], found)
     own = parts["size"]
-    if own is not None and own not in sizes:
+    if own is not None and (not isinstance(own, str) or own not in sizes):
         found.append(unknown_size(own, sizes, document.place(("size",)), "size"))
         own = None
     counts = layers.at(("expect", "parameters"))
@@ -147,9 +147,10 @@ def _sizes(document: Document, sizes: Any, found: list[Problem]) -> dict[str, li
 
 
 def unknown_size(name: Any, sizes: Mapping[str, Any], place: str, path: str = "") -> Problem:
-    if not sizes:
-        return Problem(f"there is no size '{name}'", place, path, "this preset has no sizes")
-    return Problem(f"there is no size '{name}'", place, path, did_you_mean(str(name), sizes))
+    remedy = did_you_mean(str(name), sizes) if sizes else "this preset has no sizes"
+    if not isinstance(name, str):
+        return Problem("should be the name of a size", place, path, remedy)
+    return Problem(f"there is no size '{name}'", place, path, remedy)
 
 
 def apply(layers: Layers, deltas: Sequence[Delta]) -> list[Problem]:

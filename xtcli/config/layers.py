@@ -175,14 +175,13 @@ def parse_override(text: str) -> Override:
         raise UserError(
             Problem("has no key before '='" if not dotted else "has an empty key", place, remedy="write a.b=value")
         )
-    if not written_value.strip():
-        raise UserError(
-            Problem("has no value", place, remedy=f"write {dotted}=null for none, {dotted}='\"\"' for an empty text")
-        )
     try:
         document = parse(written_value, place)
     except UserError as error:
         raise UserError(*(Problem(p.cause, place, dotted, p.remedy) for p in error.problems)) from None
+    if not document.values:
+        remedy = f"write {dotted}=null for none, {dotted}='\"\"' for an empty text"
+        raise UserError(Problem("has no value", place, remedy=remedy))
     document.values = dict.fromkeys(document.values, place)
     document.keys = dict.fromkeys(document.keys, place)
     if document.problems:

@@ -21,8 +21,25 @@ from xtcli.registry import Config, field
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraConfig(Config):
+    """Low-rank adapters on frozen weights; `*` is within a name of a module's path, `**` any number of names."""
+
+    rank: int = field("width of an adapter", 8, gt=0)
+    alpha: float = field("what an adapter adds is multiplied by alpha / rank", 16.0, gt=0)
+    dropout: float = field("dropout in front of an adapter", 0.0, ge=0, lt=1)
+    on: Annotated[tuple[str, ...], Strict(False)] = field(
+        "paths of the linear layers that get an adapter", ("**.attn.q", "**.attn.v"), min_length=1
+    )
+    whole: Annotated[tuple[str, ...], Strict(False)] | None = field(
+        "paths of modules that are trained as they are; null takes those that the checkpoint of `init` lacks", None
+    )
+
+
 class TrainConfig(Config):
     """Everything about a training run that is neither the model nor its data."""
+
+    init: str | None = field("checkpoint or run whose weights training starts from; null draws fresh ones", None)
+    lora: LoraConfig | None = field("train low-rank adapters in place of the weights", None)
 
     steps: int = field("optimizer steps", 1000, gt=0)
     batch: int = field("sequences per optimizer step", 32, gt=0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -117,27 +116,23 @@ def _shards(folder: Path, index: Path, listed: Mapping[str, Any]) -> dict[str, E
     """The tensors of the shards that an index lists; every disagreement is a problem."""
     found: dict[str, Entry] = {}
     problems: list[Problem] = []
-    for name in sorted({str(shard) for shard in listed.values()}):
+    for name in sorted(set(map(str, listed.values()))):
         # A shard is a plain name beside the index: a path could lead anywhere on the machine.
         if PurePath(name).name != name or name in ("", ".."):
             raise refuse(f"names a shard outside its folder, '{name}'", place=str(index))
+        wanted = {tensor for tensor, shard in listed.items() if shard == name}
         if not (folder / name).exists():
-            count = sum(shard == name for shard in listed.values())
-            problems.append(Problem(f"shard '{name}' with {count} tensors is missing", str(folder), remedy="copy it anew"))
+            cause = f"shard '{name}' with {len(wanted)} tensors is missing"
+            problems.append(Problem(cause, str(folder), remedy="copy it anew"))
             continue
-        for tensor, entry in read_header(folder / name)[0].items():
-            if tensor in found:
-                problems.append(Problem(f"tensor '{tensor}' is also in '{found[tensor].file.name}'", str(entry.file)))
-            elif tensor not in listed:
-                problems.append(Problem(f"tensor '{tensor}' is not in the index", str(entry.file)))
-            elif listed[tensor] != name:
-                problems.append(Problem(f"tensor '{tensor}' is in '{name}', not in '{listed[tensor]}'", str(index)))
-            else:
-                found[tensor] = entry
-    gone = {problem.cause.split("'")[1] for problem in problems if problem.cause.startswith("shard")}
-    for tensor, name in listed.items():
-        if tensor not in found and name not in gone and not any(f"'{tensor}'" in p.cause for p in problems):
+        entries = read_header(folder / name)[0]
+        for tensor in sorted(set(entries) - wanted):
+            cause = f"tensor '{tensor}' is also in '{found[tensor].file.name}'" if tensor in found else ""
+            where = f"listed in '{listed[tensor]}'" if tensor in listed else "not in the index"
+            problems.append(Problem(cause or f"tensor '{tensor}' is {where}", str(folder / name)))
+        for tensor in sorted(wanted - set(entries)):
             problems.append(Problem(f"tensor '{tensor}' is not in its shard '{name}'", str(index)))
+        found |= {tensor: entry for tensor, entry in entries.items() if tensor in wanted}
     if problems:
         raise UserError(*problems[:20])
     return found
@@ -162,25 +157,30 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
             header = json.loads(file.read(length), object_pairs_hook=once)
             metadata = header.pop("__metadata__", None) or {}
-            spans = sorted((*map(int, item["data_offsets"]), name) for name, item in header.items())
-            entries = {
-                name: Entry(DTYPES[item["dtype"]], tuple(map(int, item["shape"])), path, 8 + length + item["data_offsets"][0])
-                for name, item in header.items()
-            }
-        except KeyError as error:
-            raise bad(f"its header has an unknown {error}") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            entries = {name: _entry(item, path, 8 + length) for name, item in header.items()}
+            spans = sorted((*item["data_offsets"], name) for name, item in header.items())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise bad(f"its header cannot be read ({error})") from None
     end = 0
     for start, stop, name in spans:
         if start != end:
             raise bad(f"tensor '{name}' {'overlaps the one before it' if start < end else 'leaves a hole before it'}")
-        if stop - start != entries[name].nbytes or min((0, *entries[name].shape)) < 0:
+        if stop - start != entries[name].nbytes:
             raise bad(f"tensor '{name}' has {stop - start} bytes, its shape needs {entries[name].nbytes}")
         end = stop
     if size != 8 + length + end:
         raise bad(f"it has {size} bytes where {8 + length + end} belong")
     return entries, metadata
+
+
+def _entry(item: Mapping[str, Any], path: Path, data: int) -> Entry:
+    """One entry of a header; raises ValueError, KeyError or TypeError for what is none."""
+    start, stop = item["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*item["shape"], start, stop)):
+        raise ValueError(f"negative or broken numbers in {item}")
+    if item["dtype"] not in DTYPES:
+        raise ValueError(f"type {item['dtype']!r} is unknown")
+    return Entry(DTYPES[item["dtype"]], tuple(item["shape"]), path, data + start)
 
 
 def _ties(stated: Any, path: Path) -> dict[str, str]:
@@ -257,15 +257,3 @@ def _cut(sizes: Mapping[str, tuple[torch.dtype, Shape]], limit: int) -> Iterable
         shard.append(name)
         total += _nbytes(size)
     yield shard
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a file, nothing else of it."""
-    target.write_bytes(source.read_bytes()) if source.stat().st_size < 2**20 else _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, open(target, "xb") as write:
-        while block := read.read(2**22):
-            write.write(block)
-    os.utime(target)

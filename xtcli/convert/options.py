@@ -206,6 +206,9 @@ def dump(template: Any, tree: Any, found: dict[str, Any], path: str = "model") -
     elif isinstance(template, Mapping):
         if not isinstance(tree, Mapping):
             raise Unexpressed(f"{path}: is {tree!r}, where {', '.join(template)} are expected")
+        kind = template.get("kind")
+        if isinstance(kind, str) and tree.get("kind") != kind and not fits_itself(template):
+            raise Unexpressed(f"{path}: is '{tree.get('kind')}', not '{kind}'")
         for key, body in template.items():
             dump(body, tree.get(key), found, f"{path}.{key}")
 
@@ -217,6 +220,11 @@ def fits(template: Any, tree: Any) -> bool:
     if isinstance(template, Mapping):
         return isinstance(tree, Mapping) and all(fits(body, tree.get(key)) for key, body in template.items())
     return bool(template == tree)
+
+
+def fits_itself(template: Mapping[str, Any]) -> bool:
+    """Whether a template has no marks: then what else means the same is for the modules to tell."""
+    return all(fits_itself(body) if isinstance(body, Mapping) else not isinstance(body, MARKS) for body in template.values())
 
 
 def settle(tree: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xtcli.data.readers import Piece, read
+from xtcli.data.readers import Piece, Row, read, rows
 from xtcli.data.text import Tally
-from xtcli.errors import nearest, refuse
+from xtcli.errors import UserError, nearest, refuse
 
 WHOLE = 1 << 30
 BLOCKS, BLOCK = 64, 1 << 16
@@ -62,26 +62,45 @@ class Files:
 
     def describe(self) -> str:
         """The source in words, with counts."""
-        count = f"{len(self.files):,} files, " if len(self.files) != 1 else ""
+        count = f"{counted(len(self.files), 'file')}, " if len(self.files) != 1 else ""
         left = ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.skipped.items()))
         return f"{self.name}: {count}{amount(self.size or 0)}" + (f" (left out: {left})" if left else "")
 
     def fingerprint(self) -> Any:
         """What identifies the texts: contents and every option of reading, as plain data."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> Any:
+        # Taken first, so that a change while the digests are made is noticed after reading.
+        assert len(self._state) == len(self.files)
         whole = (self.size or 0) <= WHOLE
         digests = [[file.form, file.size, _digest(file, whole)] for file in self.files]
         return {"files": digests, "columns": self.columns, "limit": self.limit}
 
-    @cached_property
-    def _state(self) -> list[tuple[int, int]]:
-        return self._stat()
-
-    def _stat(self) -> list[tuple[int, int]]:
-        return [(status.st_size, status.st_mtime_ns) for status in (os.stat(file.path) for file in self.files)]
-
     def documents(self, tally: Tally) -> Iterator[Piece]:
-        """The documents, in pieces; raises UserError for a file that cannot be read or changes meanwhile."""
-        before, number = self._state, 0
+        """The documents, in pieces; raises UserError for a file that cannot be read or that changes meanwhile."""
+        before = self._state
+        yield from self._read(tally)
+        for file, old, new in zip(self.files, before, self._states(), strict=True):
+            if old != new:
+                raise refuse("was changed while it was read", "start again", place=str(file.path))
+
+    def records(self, tally: Tally) -> Iterator[Row]:
+        """The rows, at most `limit`, with values of any type."""
+        number = 0
+        for file in self.files:
+            try:
+                for found in rows(file.path, file.form, self.columns, tally):
+                    if number == self.limit:
+                        return
+                    yield found
+                    number += 1
+            except OSError as error:
+                raise unreadable(file.path, error) from None
+
+    def _read(self, tally: Tally) -> Iterator[Piece]:
+        number = 0
         for file in self.files:
             try:
                 for piece in read(file.path, file.form, self.columns, tally):
@@ -90,11 +109,15 @@ class Files:
                     if number == self.limit:
                         return
             except OSError as error:
-                raise refuse(f"cannot be read ({error.strerror})", "check its permissions", place=str(file.path)) from None
-        after = self._stat()
-        for file, old, new in zip(self.files, before, after, strict=True):
-            if old != new:
-                raise refuse("was changed while it was read", "start again", place=str(file.path))
+                raise unreadable(file.path, error) from None
+
+    @cached_property
+    def _state(self) -> list[tuple[int, int]]:
+        """Size and time of change of each file when the source was first used."""
+        return self._states()
+
+    def _states(self) -> list[tuple[int, int]]:
+        return [(status.st_size, status.st_mtime_ns) for status in (os.stat(file.path) for file in self.files)]
 
 
 def open_files(path: Path, columns: Sequence[str], glob: str | None, limit: int | None, key: str) -> Files:
@@ -102,7 +125,9 @@ def open_files(path: Path, columns: Sequence[str], glob: str | None, limit: int 
     if path.is_dir():
         return _open_folder(path, columns, glob, limit, key)
     if glob is not None:
-        raise refuse(f"is a file, so glob {glob!r} picks nothing", "set data.glob=null", place=str(path), path="data.glob")
+        raise refuse(
+            f"is a file, so glob {glob!r} picks nothing", "set data.glob=null", place=str(path), path="data.glob"
+        )
     suffix = path.suffix.lower()
     form = "jsonl" if suffix == ".json" else FORMATS.get(suffix, "text")
     size = _size(path)
@@ -110,7 +135,7 @@ def open_files(path: Path, columns: Sequence[str], glob: str | None, limit: int 
         raise refuse("is empty (0 bytes)", "give a file with text", place=str(path), path=key)
     reason = None if form == "parquet" else _unreadable(path)
     if reason:
-        remedy = "convert it to UTF-8 text" if "UTF" in reason else "give a text, jsonl, csv or parquet file"
+        remedy = "convert it to UTF-8 text" if "UTF-16" in reason else "give a text, jsonl, csv or parquet file"
         raise refuse(f"is {reason}", remedy, place=str(path), path=key)
     if form == "text" and len(columns) > 1:
         raise refuse("is plain text, and pairs need two columns", "give a jsonl, csv or parquet file", place=str(path))
@@ -135,7 +160,7 @@ def _open_folder(path: Path, columns: Sequence[str], glob: str | None, limit: in
         if reason is None and form == "text" and len(columns) > 1:
             reason = "text files without columns"
         if reason:
-            skipped["in UTF-16" if "UTF" in reason else "binary files" if "binary" in reason else reason] += 1
+            skipped["in UTF-16" if "UTF-16" in reason else "binary files" if "binary" in reason else reason] += 1
             continue
         files.append(File(file, form, size))
     if not files:
@@ -162,7 +187,7 @@ def walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def missing_path(source: str, key: str, also: str = "") -> Exception:
+def missing_path(source: str, key: str, also: str = "") -> UserError:
     """What to tell about a path that is not there: the nearest name beside it."""
     path = Path(source).expanduser()
     parent = path.parent
@@ -176,22 +201,34 @@ def missing_path(source: str, key: str, also: str = "") -> Exception:
     return refuse(f"no such file or folder{also}", remedy, place=source, path=key)
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to tell about a file that the system does not give."""
+    return refuse(f"cannot be read ({error.strerror})", "check its permissions", place=str(path))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def amount(size: int) -> str:
     """Bytes in the unit that suits."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
-    return f"{size} byte{'' if size == 1 else 's'}"
+    return counted(size, "byte")
 
 
 def _matcher(glob: str | None) -> Any:
-    """Whether a relative path matches: * stays within a name, **/ crosses folders, a pattern without / fits anywhere."""
+    """Whether a relative path matches: * stays within a name, **/ crosses folders, one without / fits anywhere."""
     if glob is None:
         return lambda path: True
     text = glob if "/" in glob else f"**/{glob}"
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", text)
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pattern = "".join(known.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts)
+    pattern = "".join(
+        known.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts
+    )
     return re.compile(pattern, re.DOTALL).fullmatch
 
 
@@ -199,7 +236,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise refuse(f"cannot be read ({error.strerror})", "check its permissions", place=str(path)) from None
+        raise unreadable(path, error) from None
 
 
 def _unreadable(path: Path) -> str | None:
@@ -208,7 +245,7 @@ def _unreadable(path: Path) -> str | None:
         with open(path, "rb") as file:
             head = file.read(HEAD)
     except OSError as error:
-        raise refuse(f"cannot be read ({error.strerror})", "check its permissions", place=str(path)) from None
+        raise unreadable(path, error) from None
     if head.startswith(WIDE):
         return "in UTF-16"
     control = len(head) - len(head.translate(None, _CONTROL))
@@ -228,4 +265,4 @@ def _digest(file: File, whole: bool) -> str:
                 digest.update(handle.read(BLOCK))
             return digest.hexdigest()
     except OSError as error:
-        raise refuse(f"cannot be read ({error.strerror})", "check its permissions", place=str(file.path)) from None
+        raise unreadable(file.path, error) from None

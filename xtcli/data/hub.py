@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from xtcli.data.readers import Piece, missing_column, row, wrong_type
+from xtcli.data.readers import Piece, Row, missing_column, plain, row, texts
 from xtcli.data.text import Tally
 from xtcli.errors import UserError, refuse
 
@@ -43,22 +43,24 @@ class Hub:
 
     def documents(self, tally: Tally) -> Iterator[Piece]:
         """The documents, in pieces."""
-        wanted = list(dict.fromkeys(self.columns))
         number = 0
-        for at, values in enumerate(self.rows.select_columns(wanted), 1):
-            texts = [self._text(values[column], column, at) for column in self.columns]
-            for piece in row(texts, tally):
+        for place, values in self._read():
+            for piece in row(texts(place, self.columns, values), tally):
                 yield piece
                 number += piece.last
             if number == self.limit:
                 return
 
-    def _text(self, value: Any, column: str, at: int) -> str | None:
-        if isinstance(value, bytes):
-            return value.decode("utf-8", "surrogateescape")
-        if value is not None and not isinstance(value, str):
-            raise wrong_type(f"{self.name}: row {at}", column, value)
-        return value
+    def records(self, tally: Tally) -> Iterator[Row]:
+        """The rows, at most `limit`, with values of any type; whole numbers that have names are given by name."""
+        names = [_names((self.rows.features or {}).get(column)) for column in self.columns]
+        for place, values in islice(self._read(), self.limit):
+            yield place, [_named(value, name) for value, name in zip(values, names, strict=True)]
+
+    def _read(self) -> Iterator[Row]:
+        wanted = list(dict.fromkeys(self.columns))
+        for at, values in enumerate(self.rows.select_columns(wanted), 1):
+            yield f"{self.name}: row {at}", [plain(values[column]) for column in self.columns]
 
     def _check_columns(self) -> None:
         first = next(iter(islice(self.rows, 1)), None)
@@ -67,6 +69,20 @@ class Hub:
         for column in self.columns:
             if column not in first:
                 raise missing_column(self.name, column, list(first), first)
+
+
+def _names(feature: Any) -> Any:
+    """What names the whole numbers of a column, of its lists too; None where they have no names."""
+    return getattr(feature, "int2str", None) or getattr(getattr(feature, "feature", None), "int2str", None)
+
+
+def _named(value: Any, name: Any) -> Any:
+    """The name of a label, or those of a list; datasets that hide a label count it -1."""
+    if name is not None and isinstance(value, list):
+        return [_named(one, name) for one in value]
+    if name is None or not isinstance(value, int):
+        return value
+    return name(value) if value >= 0 else None
 
 
 def _load(name: str, subset: str | None, split: str, streaming: bool) -> Any:

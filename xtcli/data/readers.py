@@ -24,6 +24,10 @@ from xtcli.errors import UserError, did_you_mean, refuse
 ROW_CHARS = 60
 
 
+Row = tuple[str, list[Any]]
+"""Where a row stands, FILE:LINE for instance, and the values of the columns that were asked for."""
+
+
 class Piece(NamedTuple):
     """One text per stream of a document, or a part of it; `last` ends the document."""
 
@@ -36,8 +40,21 @@ def read(path: Path, form: str, columns: Sequence[str], tally: Tally) -> Iterato
     if form == "text":
         yield from _document(path, tally)
     else:
-        for values in ROWS[form](path, columns, tally):
-            yield from row(values, tally)
+        for place, values in rows(path, form, columns, tally):
+            yield from row(texts(place, columns, values), tally)
+
+
+def rows(path: Path, form: str, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
+    """The rows of one file with columns: where each stands, and what these columns hold, of any type."""
+    return ROWS[form](path, columns, tally)
+
+
+def texts(place: str, columns: Sequence[str], values: Sequence[Any]) -> list[str | None]:
+    """The values of a row as texts; raises UserError for one that is none."""
+    for column, value in zip(columns, values, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise wrong_type(place, column, value)
+    return list(values)
 
 
 def row(values: Sequence[str | None], tally: Tally) -> Iterator[Piece]:
@@ -90,7 +107,7 @@ def _document(path: Path, tally: Tally) -> Iterator[Piece]:
             first = False
 
 
-def _jsonl(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[str | None]]:
+def _jsonl(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
@@ -108,21 +125,17 @@ def _jsonl(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[st
                 raise refuse(
                     f"holds a JSON {type(found).__name__}, not an object", "each line must hold one", place=place
                 )
-            yield [_cell(found, column, place, tally) for column in columns]
+            yield place, [_cell(found, column, place, tally) for column in columns]
 
 
-def _cell(found: dict[str, Any], column: str, place: str, tally: Tally) -> str | None:
+def _cell(found: dict[str, Any], column: str, place: str, tally: Tally) -> Any:
     if column not in found:
         raise missing_column(place, column, list(found), found)
     value = found[column]
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise wrong_type(place, column, value)
-    return value if value.isascii() else from_json(value, tally)
+    return from_json(value, tally) if isinstance(value, str) and not value.isascii() else value
 
 
-def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[str | None]]:
+def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with open(path, "rb") as raw:
         if raw.read(3) == b"\xef\xbb\xbf":
@@ -146,13 +159,13 @@ def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[str 
                     cause = f"has {len(first)} fields where the header has {len(header)}"
                     raise refuse(cause, "quote fields that hold commas", place=f"{path}:{reader.line_num}")
                 else:
-                    yield [first[at] for at in places]
+                    yield f"{path}:{reader.line_num}", [first[at] for at in places]
                 first = next(reader, None)
         except csv.Error as error:
             raise refuse(f"is not CSV ({error})", "repair the line", place=f"{path}:{reader.line_num}") from None
 
 
-def _parquet(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[str | None]]:
+def _parquet(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -167,7 +180,7 @@ def _parquet(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[
         for batch in file.iter_batches(batch_size=1024, columns=list(dict.fromkeys(columns))):
             for values in batch.to_pylist():
                 number += 1
-                yield [_value(values[column], f"{path}: row {number}", column) for column in columns]
+                yield f"{path}: row {number}", [plain(values[column]) for column in columns]
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise refuse(f"is not Parquet ({str(error).splitlines()[0]})", "repair or remove it", place=str(path)) from None
     finally:
@@ -175,12 +188,9 @@ def _parquet(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[list[
             file.close()
 
 
-def _value(value: Any, place: str, column: str) -> str | None:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if value is not None and not isinstance(value, str):
-        raise wrong_type(place, column, value)
-    return value
+def plain(value: Any) -> Any:
+    """A value in which bytes are the text that they spell."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 ROWS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}

@@ -66,10 +66,12 @@ def is_valid(text: str) -> bool:
     return True
 
 
-def from_json(text: str, tally: Tally) -> str:
-    """A string out of JSON, where a surrogate is an escape sequence and no byte."""
+def from_json(text: str, valid: bool, tally: Tally) -> str:
+    """A string out of a line of JSON. Was the line `valid` UTF-8, a surrogate is an escape sequence and no byte."""
     if is_valid(text):
         return text
+    if not valid:
+        return from_bytes(to_bytes(text))
     tally["lone surrogates"] += sum(len(found) for found in LONE.findall(text))
     return from_bytes(text.encode("utf-8", "surrogatepass"))
 

@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from xtcli import registry
 from xtcli.data import special as roles
 from xtcli.data.decode import Decoder, StreamDecoder
 from xtcli.data.text import LONE, is_valid, to_bytes
 from xtcli.errors import UserError, refuse
-from xtcli.registry import Config, field, part
+from xtcli.registry import field, part
 
 __all__ = ["Bpe", "Bytes", "File", "StreamDecoder", "Tokenizer", "Trained", "Unigram", "WordPiece", "check_vocab"]
 
@@ -47,7 +48,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = _USERS_CHOICE or "false"
 """The library's threads do not survive a fork, so they are on only inside `threads()`."""
 
 
-class Trained(Config):
+class Trained(registry.Config):
     """What the kinds that learn their tokens from the data share."""
 
     vocab: int = field("ids in all, special tokens and sentinels among them", gt=0, tiny=512, example=400)
@@ -58,7 +59,7 @@ class Trained(Config):
 class Kind:
     """A kind of tokenizer. It has no state: a config is turned into a `Tokenizer` by xtcli.data.prepare."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """No fields."""
 
 
@@ -66,7 +67,7 @@ class Kind:
 class Bytes(Kind):
     """Bytes of UTF-8: nothing to learn and nothing lost, about four times as many tokens as with words."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """No training."""
 
         special: dict[Role, str] = field(_SPECIAL_DOC, {"eos": END})
@@ -115,7 +116,7 @@ class Unigram(Kind):
 class File(Kind):
     """An existing tokenizer."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Roles come from tokenizer_config.json beside the file, else from customary names such as [MASK]."""
 
         path: str = field("tokenizer.json, or a folder that holds one", min_length=1, example="tokenizer.json")
@@ -141,9 +142,9 @@ class Tokenizer:
         self.decoder = Decoder(library, {id: token.content for id, token in self._added.items()})
 
     @classmethod
-    def load(cls, path: Path | str, special: Mapping[str, str] | None = None) -> Tokenizer:
+    def load(cls, path: Path | str, special: Mapping[Role, str] | None = None) -> Tokenizer:
         """The tokenizer of a folder or a tokenizer.json; raises UserError for what is none. `special` adds roles."""
-        library, names, settings = roles.load(Path(path), special or {})
+        library, names, settings = roles.load(Path(path), dict[str, str]((special or {}).items()))
         return cls(library, names, settings)
 
     def save(self, folder: Path) -> None:
@@ -185,7 +186,7 @@ class Tokenizer:
         if special or pair is not None:
             return self.encode_pair(text, pair, special=special, control=control)[0]
         if not control:
-            return self.encode_batch([text])[0].tolist()
+            return [int(id) for id in self.encode_batch([text])[0]]
         return list(self.library.encode(_strict(text), add_special_tokens=False).ids)
 
     def encode_pair(
@@ -203,12 +204,37 @@ class Tokenizer:
             return [self._table[np.frombuffer(to_bytes(text), dtype=np.uint8)] for text in texts]
         valid = [is_valid(text) for text in texts]
         found = iter(
-            self._reader.encode_batch_fast([t for t, ok in zip(texts, valid, strict=True) if ok], add_special_tokens=False)
+            self._reader.encode_batch_fast(
+                [t for t, ok in zip(texts, valid, strict=True) if ok], add_special_tokens=False
+            )
         )
         return [
             np.array(next(found).ids, dtype=np.uint32) if ok else self._spell(text)
             for text, ok in zip(texts, valid, strict=True)
         ]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """The ids (N,) of many texts and the characters (N, 2) of each: id i stands for text[start:end]."""
+        found = self._reader.encode_batch([_strict(text) for text in texts], add_special_tokens=False)
+        return [(np.array(e.ids, dtype=np.int64), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in found]
+
+    def frame(self, texts: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """What the template puts around `texts` texts, one or two.
+
+        The ids before, between and behind the texts (texts + 1 lists), the types of these ids, the type of each text.
+        """
+        marked = [self._reader.encode("a", add_special_tokens=False) for _ in range(texts)]
+        joined = self.library.post_process(*marked, add_special_tokens=True)
+        ids: list[list[int]] = [[] for _ in range(texts + 1)]
+        types: list[list[int]] = [[] for _ in range(texts + 1)]
+        inner, at = [0] * texts, 0
+        for id, type, text in zip(joined.ids, joined.type_ids, joined.sequence_ids, strict=True):
+            if text is None:
+                ids[at].append(id)
+                types[at].append(type)
+            else:
+                inner[text], at = type, text + 1
+        return ids, types, inner
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text of ids, U+FFFD for bytes that are no text; special tokens are written out unless left out."""

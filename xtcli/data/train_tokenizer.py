@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -52,13 +52,13 @@ def train(config: Config, sample: Sequence[str]) -> Tokenizer:
             library = _unigram(texts, room, names, config.special["unk"])
     library.add_special_tokens([_special(name) for name in names])
     library.add_special_tokens([_special(sentinel_name(n)) for n in reversed(range(config.sentinels))])
-    tokenizer = Tokenizer(library, config.special)
+    tokenizer = Tokenizer(library, dict[str, str](config.special.items()))
     _put_frame(config, tokenizer)
     return tokenizer
 
 
 def _check_names(config: Config) -> None:
-    """Special tokens must be no words, for a word would be read as one; and the roles that a kind needs must be there."""
+    """Special tokens must be no words, for a word would be read as one; the roles that a kind needs must be there."""
     for role, name in config.special.items():
         if not _NAME.fullmatch(name) or SPACE in name:
             cause = f"{name!r} could be a word of the text"
@@ -66,10 +66,11 @@ def _check_names(config: Config) -> None:
     if isinstance(config, WordPiece.Config | Unigram.Config) and "unk" not in config.special:
         cause = f"{config.kind} needs a token for what it cannot spell"
         raise refuse(cause, "add unk, such as '<unk>'", path="tokenizer.special")
-    for role in () if config.frame == "none" else config.frame.split("-"):
-        if role not in config.special:
-            cause = f"'{config.frame}' needs the special token {role}"
-            raise refuse(cause, f"set tokenizer.special.{role}, or tokenizer.frame=none", path="tokenizer.frame")
+    wanted = [] if config.frame == "none" else config.frame.split("-")
+    missing = next((role for role in wanted if role not in config.special), None)
+    if missing:
+        cause = f"'{config.frame}' needs the special token {missing}"
+        raise refuse(cause, f"set tokenizer.special.{missing}, or tokenizer.frame=none", path="tokenizer.frame")
 
 
 def _put_frame(config: Config, tokenizer: Tokenizer) -> None:
@@ -77,7 +78,9 @@ def _put_frame(config: Config, tokenizer: Tokenizer) -> None:
     if config.frame == "none":
         return
     names, roles = config.special, config.frame.split("-")
-    front = {"cls-sep": [names.get("cls")], "bos": [names.get("bos")], "bos-eos": [names.get("bos")]}.get(config.frame, [])
+    front = {"cls-sep": [names.get("cls")], "bos": [names.get("bos")], "bos-eos": [names.get("bos")]}.get(
+        config.frame, []
+    )
     back = [names["sep"]] if "sep" in roles else [names["eos"]] if "eos" in roles else []
     second = back if config.frame == "cls-sep" else [*front, *back]
     again = [] if config.frame == "cls-sep" else front
@@ -90,7 +93,7 @@ def _put_frame(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _byte_vocab() -> dict[str, int]:
-    return {letter: byte for letter, byte in sorted(byte_letters().items(), key=lambda item: item[1])}
+    return dict(sorted(byte_letters().items(), key=lambda item: item[1]))
 
 
 def _byte_level(model: Any, *, split: bool) -> Any:
@@ -116,7 +119,10 @@ def _bpe(texts: Sequence[str], room: int, names: Sequence[str]) -> Any:
 
 def _wordpiece(texts: Sequence[str], room: int, names: Sequence[str], unk: str, lowercase: bool) -> Any:
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    letters = _alphabet(map(normalizer.normalize_str, texts), room // 4)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    letters = _alphabet(counts, room // 4)
     _need(room, 2 * len(letters), f"{len(letters)} letters at the start of a word and as many within")
     reader = Library(models.BPE())
     reader.normalizer = normalizer
@@ -146,7 +152,11 @@ def _unigram(texts: Sequence[str], room: int, names: Sequence[str], unk: str) ->
     words: Counter[str] = Counter()
     for text in texts:
         words.update(SPACE + word for word in normalizer.normalize_str(text).split())
-    letters = _alphabet(_repeated(words), room // 2)
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            counts[letter] += count
+    letters = _alphabet(counts, room // 2)
     _need(room, len(letters), f"{len(letters)} letters")
     pieces = [piece for piece in learn(words, letters, room + len(names)) if piece[0] not in names][:room]
     vocab = [*((name, 0.0) for name in names), *pieces]
@@ -157,20 +167,12 @@ def _unigram(texts: Sequence[str], room: int, names: Sequence[str], unk: str) ->
     return library
 
 
-def _repeated(words: Counter[str]) -> Iterator[str]:
-    for word, count in words.items():
-        yield from (letter * count for letter in word)
-
-
-def _alphabet(texts: Iterator[str], most: int) -> list[str]:
-    """The most frequent characters that cover COVERAGE of the texts, at most `most`, in the order of Unicode."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
-    for letter in [letter for letter in counts if letter.isspace()]:
-        del counts[letter]
-    total, covered, kept = counts.total(), 0, []
-    for letter, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+def _alphabet(counts: Counter[str], most: int) -> list[str]:
+    """The most frequent of the characters that cover COVERAGE of a text, at most `most`, in the order of Unicode."""
+    visible = {letter: count for letter, count in counts.items() if not letter.isspace()}
+    total, covered = sum(visible.values()), 0
+    kept: list[str] = []
+    for letter, count in sorted(visible.items(), key=lambda item: (-item[1], item[0])):
         if len(kept) >= max(most, 1) or covered >= COVERAGE * total:
             break
         kept.append(letter)

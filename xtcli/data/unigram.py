@@ -10,18 +10,20 @@ position by position for all words at once; every sum has a fixed order, so the 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+Array = np.ndarray[Any, Any]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 CANDIDATES = 4
-WORDS = 200_000
+WORDS = 60_000
 """Different words that are looked at, the most frequent ones."""
 WORD = 48
 """Characters of the longest word that is looked at."""
@@ -84,6 +86,7 @@ class Lattice:
         table = np.array(edges, dtype=np.int32).reshape(-1, 4)
         self.word, self.start, self.end, self.piece = (np.ascontiguousarray(table[:, column]) for column in range(4))
         self.sizes = np.array([len(word) for word in words], dtype=np.int64)
+        self._arrange()
 
     def prune(self, keep: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
         """Drop the edges of pieces that are not kept, and number the others anew."""
@@ -91,41 +94,54 @@ class Lattice:
         number = np.cumsum(keep) - 1
         self.word, self.start, self.end = self.word[alive], self.start[alive], self.end[alive]
         self.piece = number[self.piece[alive]].astype(np.int32)
+        self._arrange()
 
     def expected(self, score: Floats, counts: Floats) -> Floats:
         """How often each piece is used, over all segmentations by their probability."""
-        ahead = self._sums(score, self.start, self.end, range(1, int(self.sizes.max(initial=0)) + 1), 0)
-        back = self._sums(score, self.end, self.start, range(int(self.sizes.max(initial=0)) - 1, -1, -1), None)
+        ahead, back = self._sums(score, self._ahead, None), self._sums(score, self._back, self.sizes)
         total = ahead[np.arange(len(self.sizes)), self.sizes]
         inside = ahead[self.word, self.start] + score[self.piece] + back[self.word, self.end] - total[self.word]
         weight = np.exp(np.minimum(inside, 0.0)) * counts[self.word]
-        return np.bincount(self.piece, weights=weight, minlength=len(score))
+        return np.bincount(self.piece, weights=weight, minlength=len(score)).astype(np.float64)
 
     def best(self, score: Floats) -> Floats:
         """log p of the likeliest segmentation of each word."""
-        reach = self._sums(score, self.start, self.end, range(1, int(self.sizes.max(initial=0)) + 1), 0, best=True)
+        reach = self._sums(score, self._ahead, None, best=True)
         return reach[np.arange(len(self.sizes)), self.sizes]
 
-    def _sums(
-        self, score: Floats, source: Any, target: Any, steps: range, origin: int | None, best: bool = False
-    ) -> Floats:
-        """log of the sum (or the largest) over all paths from the origin (None: each word's end) to each position."""
-        table = np.full((len(self.sizes), int(self.sizes.max(initial=0)) + 1), FLOOR)
-        table[np.arange(len(self.sizes)), self.sizes if origin is None else 0] = 0.0
+    def _arrange(self) -> None:
+        """Edges by the position they lead to, then by word, so that a step reads one stretch of them."""
+        self._ahead = list(self._steps(self.start, self.end))
+        self._back = list(self._steps(self.end, self.start))[::-1]
+
+    def _steps(self, source: Array, target: Array) -> Iterator[tuple[int, Array, Array, Array, Array]]:
+        """For each position: its number, and the word, source and piece of each edge; where a new word begins."""
         order = np.lexsort((self.word, target))
-        bounds = np.searchsorted(target[order], np.arange(table.shape[1] + 1))
-        for step in steps:
-            chosen = order[bounds[step] : bounds[step + 1]]
-            if not chosen.size:
-                continue
-            word = self.word[chosen]
-            value = table[word, source[chosen]] + score[self.piece[chosen]]
-            heads = np.flatnonzero(np.concatenate(([True], word[1:] != word[:-1])))
+        bounds = np.searchsorted(target[order], np.arange(int(self.sizes.max(initial=0)) + 2))
+        for position, (low, high) in enumerate(itertools.pairwise(bounds)):
+            if low < high:
+                chosen = order[low:high]
+                word = self.word[chosen]
+                heads = np.flatnonzero(np.concatenate(([True], word[1:] != word[:-1])))
+                yield position, word, source[chosen], self.piece[chosen], heads
+
+    def _sums(
+        self,
+        score: Floats,
+        steps: Iterable[tuple[int, Array, Array, Array, Array]],
+        origin: Ints | None,
+        best: bool = False,
+    ) -> Floats:
+        """log of the sum (or the largest) over all paths from the origin (None: 0) of each word to each position."""
+        table = np.full((len(self.sizes), int(self.sizes.max(initial=0)) + 1), FLOOR)
+        table[np.arange(len(self.sizes)), 0 if origin is None else origin] = 0.0
+        for position, word, source, piece, heads in steps:
+            value = table[word, source] + score[piece]
             top = np.maximum.reduceat(value, heads)
             if not best:
                 spread = np.repeat(top, np.diff(np.append(heads, len(word))))
                 top = top + np.log(np.add.reduceat(np.exp(value - spread), heads))
-            table[word[heads], step] = top
+            table[word[heads], position] = top
         return table
 
 
@@ -146,4 +162,5 @@ def _candidates(chosen: Sequence[str], words: Counter[str], letters: Sequence[st
 
 
 def _log(counts: Floats) -> Floats:
-    return np.log(counts + 1e-12) - np.log(counts.sum() + 1e-12)
+    total: Floats = np.log(counts + 1e-12) - np.log(counts.sum() + 1e-12)
+    return total

@@ -27,10 +27,11 @@ Finish = Literal["eos", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that a row has just said."""
+    """Text that a row has just said; `done` when nothing follows."""
 
     row: int
     text: str
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
                 timing.decode_tokens += step > 0
                 said = row.take(token, rules.ends)
                 if said or row.finish is not None:
-                    yield Piece(row.number, said)
+                    yield Piece(row.number, said, row.finish is not None)
         going = [at for at, row in enumerate(alive) if row.finish is None]
         if not going:
             break

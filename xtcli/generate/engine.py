@@ -21,7 +21,7 @@ import torch
 from xtcli.data.tokenizers import StreamDecoder, Tokenizer
 from xtcli.errors import refuse
 from xtcli.generate.beams import search
-from xtcli.generate.decode import Finish, Row, Rules, decode
+from xtcli.generate.decode import Finish, Piece, Row, Rules, decode
 from xtcli.generate.feed import Feed
 from xtcli.generate.fill import fill, to_fill
 from xtcli.generate.options import Answer, Options, Task, Written
@@ -53,9 +53,9 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: Options | None = None,
-    on_text: Callable[[int, str], None] | None = None,
+    on_text: Callable[[Piece], None] | None = None,
 ) -> Answer:
-    """What the model makes of the prompts; `on_text(row, piece)` hears each piece of text as it is written.
+    """What the model makes of the prompts; `on_text` hears each piece of text as it is written.
 
     Rows are numbered prompt x samples + sample. Each row equals what it would be alone. Raises UserError
     for prompts that do not fit.
@@ -68,9 +68,9 @@ def generate(
             _fill(model, tokenizer, prompts, options, answer)
             return answer
         job = _job(model, tokenizer, prompts, options, answer)
-        for row, piece in _write(job):
+        for piece in _write(job):
             if on_text is not None:
-                on_text(row, piece)
+                on_text(piece)
     answer.notes = list(dict.fromkeys(answer.notes))
     answer.written = [written for prompt in job.prompts for written in job.made[prompt.number]]
     return answer
@@ -131,8 +131,8 @@ def limit_of(tower: Any) -> int | None:
     return limit
 
 
-def _write(job: _Job) -> Iterator[tuple[int, str]]:
-    """Write all rows, group by group; pieces of text as (row, text)."""
+def _write(job: _Job) -> Iterator[Piece]:
+    """Write all rows, group by group."""
     options, answer = job.options, job.answer
     repeats = max(options.beams, options.samples)
     for group in grouped(job.prompts, job.slots, ROWS // repeats):
@@ -155,12 +155,11 @@ def _feed(job: _Job, group: Sequence[Prompt]) -> Feed:
     return Feed(model, [[start]] * len(ids), room, ids)
 
 
-def _draw(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[tuple[int, str]]:
+def _draw(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[Piece]:
     count = job.options.samples
     order = [(prompt, sample) for prompt in group for sample in range(count)]
     rows = [Row(p.number * count + sample, job.text(p), p.budget, p.bounded) for p, sample in order]
-    for piece in decode(feed, rows, count, job.rules, job.answer.timing):
-        yield piece.row, piece.text
+    yield from decode(feed, rows, count, job.rules, job.answer.timing)
     for (prompt, sample), row in zip(order, rows, strict=True):
         assert row.finish is not None
         size, text = len(prompt.ids), str(row.text)
@@ -168,7 +167,7 @@ def _draw(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[tuple[int,
         job.made.setdefault(prompt.number, []).append(written)
 
 
-def _search(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[tuple[int, str]]:
+def _search(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[Piece]:
     options, ends = job.options, job.rules.ends
     budgets = [(prompt.budget, prompt.bounded) for prompt in group]
     found = search(feed, budgets, options.beams, options.length_penalty, job.rules, job.answer.timing)
@@ -179,7 +178,7 @@ def _search(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[tuple[in
             finish: Finish = "stop" if text.stopped else best.finish
             written = Written(prompt.text, sample, said, list(best.tokens), finish, len(prompt.ids), best.score)
             job.made.setdefault(prompt.number, []).append(written)
-            yield prompt.number * options.samples + sample, said
+            yield Piece(prompt.number * options.samples + sample, said, True)
 
 
 def _fill(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Options, answer: Answer) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.data.order import Ints
-from xtcli.errors import refuse
 from xtcli.objectives.base import Array, Documents, Objective, Packing, Sample, Split, Tokenizer
 from xtcli.objectives.joined import Joined, isolate
-from xtcli.objectives.words import SHARED, clauses, count, left_out, too_short, truncated
+from xtcli.objectives.words import SHARED, clauses, count, left_out, too_little, too_short, truncated
 from xtcli.registry import field, part
 
 
@@ -65,12 +64,9 @@ class CausalLM(Objective):
         self.bos, self.eos = bos, eos
         self.masks = "always" if config.pack == "none" else "never"
         if not len(self.documents) or answers < 1:
-            raise refuse(
-                f"the text has {count(self.documents.total, 'token')} and nothing to predict",
-                "give more text in data.source",
-            )
+            raise too_little(f"{count(self.documents.total, 'token')} and nothing to predict", validation)
         if config.pack != "none" and answers < context and not validation:
-            remedy = f"give more text, or set objective.pack=none or model.context to {answers} or less"
+            remedy = f"give more text, or set objective.pack=none or train.context to {answers} or less"
             raise too_short(answers, context, remedy)
         self.answers = answers
         self.samples = len(self.documents) if config.pack == "none" else -(-answers // context)

@@ -2,8 +2,8 @@
 
 The masks of a row are drawn anew in every epoch. Without next sentences a row is a full block of the joined text,
 [CLS] block [SEP]. With them a row is a pair, [CLS] A [SEP] B [SEP]: a piece of one document is cut in two at a random
-token, and in half of the pairs B comes from a random place of another document instead. `targets.nsp` is 0 where B
-follows A, 1 where it does not.
+token, and in half of the pairs B comes from a random place of another document instead (of the same one, where there is
+but one). `targets.nsp` is 0 where B follows A, 1 where it does not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xtcli.objectives.base import (
 from xtcli.objectives.cuts import Cuts
 from xtcli.objectives.joined import Joined, isolate
 from xtcli.objectives.masking import Masking
-from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_short, truncated
+from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_little, too_short, truncated
 from xtcli.registry import field, part
 
 SMALLEST = 8
@@ -93,26 +93,16 @@ class MaskedLM(Objective):
         self.masks = "always" if padded else "needed"
         if context < SMALLEST:
             raise refuse(
-                f"a context of {context} tokens leaves no room for text", f"set model.context to {SMALLEST} or more"
+                f"a context of {context} tokens leaves no room for text", f"set train.context to {SMALLEST} or more"
             )
         self.least = 2 if config.next_sentence else 1
         self.documents = Documents.of(split.streams["text"], self.least)
         if not len(self.documents):
-            raise refuse(
-                f"the text has no document of {count(self.least, 'token')} or more", "give more text in data.source"
-            )
+            raise too_little(f"no document of {count(self.least, 'token')} or more", validation)
         if config.next_sentence:
-            self._init_pairs()
+            self.cuts = Cuts(self.documents, context - 3)
         elif config.pack != "none":
             self._init_blocks(validation)
-
-    def _init_pairs(self) -> None:
-        if len(self.documents) < 2:
-            raise refuse(
-                "next-sentence prediction needs two documents or more, and the text has 1",
-                "give more files, or set objective.next_sentence=false",
-            )
-        self.cuts = Cuts(self.documents, self.context - 3)
 
     def _init_blocks(self, validation: bool) -> None:
         alone = self.config.pack == "documents"
@@ -120,7 +110,7 @@ class MaskedLM(Objective):
         self.block = self.context if alone else self.context - 2
         if self.joined.total < self.block and not validation:
             need = self.joined.total + self.context - self.block
-            remedy = f"give more text, or set objective.pack=none or model.context to {need} or less"
+            remedy = f"give more text, or set objective.pack=none or train.context to {need} or less"
             raise too_short(self.joined.total, self.block, remedy)
 
     def __len__(self) -> int:
@@ -164,14 +154,22 @@ class MaskedLM(Objective):
         follows = rng.random() < 0.5
         first, second = self.documents.read(document, start, cut), (document, cut, stop)
         if not follows:
-            other = int(rng.integers(len(self.documents) - 1))
-            other += other >= document
-            size = min(stop - cut, int(self.documents.lengths[other]))
-            begin = int(rng.integers(int(self.documents.lengths[other]) - size + 1))
-            second = (other, begin, begin + size)
+            second = self._elsewhere(document, cut, stop - cut, rng)
         tokens = self._framed(first, self.documents.read(*second))
         types = (np.arange(tokens.size) >= first.size + 2).astype(np.int64)
         return tokens, {"token_type_ids": types, "targets.nsp": np.array(0 if follows else 1)}
+
+    def _elsewhere(self, document: int, cut: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
+        """A run of at most `size` tokens that does not follow token `cut` of a document."""
+        if len(self.documents) == 1:
+            begin = int(rng.integers(int(self.documents.lengths[0]) - size))
+            begin += begin >= cut
+            return 0, begin, begin + size
+        other = int(rng.integers(len(self.documents) - 1))
+        other += other >= document
+        size = min(size, int(self.documents.lengths[other]))
+        begin = int(rng.integers(int(self.documents.lengths[other]) - size + 1))
+        return other, begin, begin + size
 
     def describe(self) -> str:
         config = self.config
@@ -189,7 +187,7 @@ class MaskedLM(Objective):
         if self.config.next_sentence:
             return [
                 f"{documents} give {count(len(self), 'pair')} [CLS] A [SEP] B [SEP], padded",
-                "in half of them B comes from another document",
+                f"in half of them B comes from another {'place' if len(self.documents) == 1 else 'document'}",
                 f"{self.config.short:.4g} of the pairs are shortened at random",
             ]
         if pack == "none":

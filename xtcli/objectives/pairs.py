@@ -29,8 +29,8 @@ class Pairs(Objective):
     class Config(registry.Config):
         """Source and target texts."""
 
-        source_length: int | None = field("longest source in tokens, framed; default: the context", None, ge=3)
-        target_length: int | None = field("longest target in tokens, framed; default: the context", None, ge=3)
+        source_length: int | None = field("longest source in tokens, framed; default: the context", None, ge=3, tiny=64)
+        target_length: int | None = field("longest target in tokens, framed; default: the context", None, ge=3, tiny=64)
         multiple: int = field("rows are padded to the longest of a batch, rounded up to this many", 8, gt=0)
 
     def __init__(
@@ -46,6 +46,11 @@ class Pairs(Objective):
     ) -> None:
         super().__init__(tokenizer, context=context, seed=seed, multiple=config.multiple)
         self.width = {"": config.source_length or context, "decoder_": config.target_length or context}
+        for name in ("source_length", "target_length"):
+            asked = getattr(config, name) or 0
+            if asked > context:
+                cause = f"{name} is {asked:,}, and the context has {context:,} tokens"
+                raise refuse(cause, f"raise train.context, or lower objective.{name}", path=f"objective.{name}")
         self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
         end = self.special.get("eos", self.special.get("sep"))
         if end is None:

@@ -22,7 +22,7 @@ from xtcli.errors import refuse
 from xtcli.objectives.base import Documents, Objective, Sample, Split, Tokenizer, generator
 from xtcli.objectives.cuts import Cuts
 from xtcli.objectives.joined import Joined
-from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_short
+from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_little, too_short
 from xtcli.registry import field, part
 
 SMALLEST = 8
@@ -65,7 +65,7 @@ class SpanCorruption(Objective):
         self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
         if context < SMALLEST:
             raise refuse(
-                f"a context of {context} tokens is too short to corrupt", f"set model.context to {SMALLEST} or more"
+                f"a context of {context} tokens is too short to corrupt", f"set train.context to {SMALLEST} or more"
             )
         self.sentinels = np.array(tokenizer.sentinels, dtype=np.int64)
         self.block = self._longest()
@@ -75,14 +75,14 @@ class SpanCorruption(Objective):
             raise refuse(
                 f"span corruption of {self.block:,} tokens needs {count(wanted, 'sentinel')}, and the tokenizer has "
                 f"{self.sentinels.size}",
-                f"set tokenizer.sentinels={wanted}, or a shorter model.context",
+                f"set tokenizer.sentinels={wanted}, or a shorter train.context",
             )
         self.width = {"": self.block - noise + spans + 1, "decoder_": noise + wanted + 1}
         self.least = 2 if config.pack == "none" else 1
         self.documents = Documents.of(split.streams["text"], self.least)
         total = self.documents.total
         if total < 2:
-            raise refuse(f"the text has {count(total, 'token')}, and a span takes 2", "give more text in data.source")
+            raise too_little(f"{count(total, 'token')}, and a span takes 2", validation)
         if config.pack == "none":
             self.cuts = Cuts(self.documents, self.block)
             self.samples = len(self.cuts)
@@ -91,7 +91,7 @@ class SpanCorruption(Objective):
             self.samples = -(-total // self.block)
             if total < self.block and not validation:
                 room = total - self._counts(total)[0] + self._counts(total)[1] + 1
-                remedy = f"give more text, or set objective.pack=none or model.context to {room} or less"
+                remedy = f"give more text, or set objective.pack=none or train.context to {room} or less"
                 raise too_short(total, self.block, remedy)
 
     def _counts(self, length: int) -> tuple[int, int]:

@@ -47,6 +47,13 @@ def repeated(blocks: int, width: int, total: int) -> str:
     return f"the last block repeats {count(missing, 'token')} of the one before"
 
 
+def too_little(what: str, validation: bool) -> UserError:
+    """The refusal of a text of which nothing can be made; `what` follows "the text has"."""
+    if validation:
+        return refuse(f"the validation text has {what}", "set data.validation to a larger share, or to 0")
+    return refuse(f"the text has {what}", "give more text in data.source")
+
+
 def too_short(have: int, need: int, remedy: str) -> UserError:
     """The refusal of a text that does not fill one block."""
     return refuse(f"the text has {count(have, 'token')}, and one block takes {need:,}", remedy)

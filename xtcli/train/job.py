@@ -84,6 +84,7 @@ def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
         micro_batch=config.micro_batch,
         checkpointing=config.checkpointing,
         free=place.free(),
+        device=place.device.type,
     )
     size = 4 * plan.parameters + optimizer_bytes(model)
     return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size)

@@ -20,6 +20,7 @@ from xtcli.data.batch import Batch
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.runs.run import gib
+from xtcli.train.fused import Kernels
 from xtcli.train.optim import ADAMW_COPIES
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -58,8 +59,8 @@ class Plan:
         return int(whole * (1 + WORKSPACE))
 
 
-def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype) -> Cost:
-    """The cost of one forward pass of `batch` through a model on the meta device.
+def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cuda") -> Cost:
+    """The cost of one forward pass of `batch` through a model on the meta device, as on a device of type `device`.
 
     Padding masks are left out: they change no sizes. Heads that only look at supervised positions are
     counted for those.
@@ -76,7 +77,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype) -> Cost:
 
     narrow = 4 // dtype.itemsize
     counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Kernels(device), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = skeleton.hidden(**inputs)
     body = counter.get_total_flops()
     activations = sum(size for _, size in kept.values()) // narrow
@@ -100,11 +101,18 @@ def _supervised(targets: Tensor) -> float:
 
 
 def make_plan(
-    skeleton: Graph, batch: Batch, *, dtype: torch.dtype, micro_batch: int | None, checkpointing: bool, free: int
+    skeleton: Graph,
+    batch: Batch,
+    *,
+    dtype: torch.dtype,
+    micro_batch: int | None,
+    checkpointing: bool,
+    free: int,
+    device: str = "cuda",
 ) -> Plan:
     """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes."""
     row = batch.split(1)[0]
-    cost = measure(skeleton, row, dtype)
+    cost = measure(skeleton, row, dtype, device)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
     kept = _checkpointed(skeleton, cost) if checkpointing else cost.activations

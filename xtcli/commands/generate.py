@@ -1,0 +1,306 @@
+"""`xt generate`: continue, fill or map texts with a trained model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xtcli.commands.options import Json, next_command
+from xtcli.errors import did_you_mean, refuse
+
+if TYPE_CHECKING:
+    import torch
+
+    from xtcli.data.tokenizers import Tokenizer
+    from xtcli.generate.options import Answer, Options
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TASKS = {"continue": "continues the prompt", "map": "maps the prompt", "fill": "fills masks"}
+LENS = 4
+"""Alternatives that --lens shows for each token."""
+
+
+def command(
+    ctx: typer.Context,
+    ckpt: Annotated[str, typer.Option(help="A run, or a checkpoint folder.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to continue, map or fill; may be repeated.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file that is one prompt, without its last line end; may be repeated. Without any prompt, "
+            "standard input is read in the same way.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of a text, at most.")] = 200,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Below 1 likely tokens are favoured more, 0 takes the likeliest each time.",
+            show_default="0.8; encoder-decoders: 0",
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the likeliest tokens that together have this probability.", show_default="0.95"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw among tokens at least this many times as likely as the likeliest.", show_default="0, all"
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that the text already has become less likely.")
+    ] = 1.0,
+    beams: Annotated[int, typer.Option(help="Search for the likeliest text with this many beams.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="With beams: above 0 favours long texts, below 0 short.")] = 1.0,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End a text before this string; may be repeated. A line end is $'\\n' in most shells.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Start of the draws.", show_default="drawn and shown")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print while writing.", show_default="yes on a terminal"),
+    ] = None,
+    fill_top: Annotated[int, typer.Option(help="Guesses for each mask.")] = 5,
+    past_context: Annotated[
+        bool, typer.Option("--past-context", help="Let texts grow beyond the context that the preset plans for.")
+    ] = False,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="Show each token's probability and the likeliest alternatives.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json, or a folder with one.", show_default="the checkpoint's"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...; auto takes the fastest.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: fp32, bf16 or fp16.", show_default="as stored")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, fill its masks or map it to another, as the model's structure allows.
+
+    Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Standard output
+    is the text alone; device, seed and speed go to standard error.
+    """
+    from xtcli.generate.options import Options
+    from xtcli.generate.sampling import Sampling
+
+    if dtype is not None and dtype not in DTYPES:
+        raise refuse(f"'{dtype}' is no type of weights", did_you_mean(dtype, DTYPES), place="--dtype")
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    # Built before anything is loaded, so that impossible values are refused at once.
+    drawn = Sampling(**settings, repetition_penalty=repetition_penalty)
+    greedy = Sampling(temperature=0, repetition_penalty=repetition_penalty)
+    wanted = Options(
+        max_tokens=max_tokens,
+        sampling=drawn if settings else greedy if beams > 1 else None,
+        samples=samples,
+        beams=beams,
+        length_penalty=length_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        fill_top=fill_top,
+        lens=LENS if lens else 0,
+        past_context=past_context,
+    )
+    prompts = _prompts(prompt or [], prompt_file or [])
+    _Generation(ctx, ckpt, tokenizer, device, dtype).run(prompts, wanted, (drawn, greedy), stream, as_json)
+
+
+class _Generation:
+    """A model that is loaded, and what is said about its texts."""
+
+    def __init__(self, ctx: typer.Context, ckpt: str, tokenizer: Path | None, device: str, dtype: str | None) -> None:
+        import torch
+
+        from xtcli.generate.engine import task_of
+        from xtcli.model import count, find_checkpoint, load_folder
+
+        self.ctx = ctx
+        place = _device(device)
+        self.folder = find_checkpoint(ckpt)
+        self.tokenizer = _tokenizer(self.folder, tokenizer)
+        self.model = load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
+        self.task = task_of(self.model)
+        kind = str(self.model.dtype).removeprefix("torch.")
+        self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
+        name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        where = "mps" if place.type == "mps" else f"{place} ({name})"
+        talk(f"{self.folder}: {count(self.model):,} parameters, {kind}, on {where}; {TASKS[self.task]}")
+
+    def run(
+        self, prompts: list[str], options: Options, choices: tuple[Any, Any], stream: bool | None, as_json: bool
+    ) -> None:
+        """Generate, print, and say what is useful next."""
+        from dataclasses import replace
+
+        import torch
+
+        from xtcli.generate import show
+        from xtcli.generate.engine import generate
+        from xtcli.generate.sampling import draw_seed
+
+        show.use_utf8()
+        if self.task == "fill":
+            options = replace(options, samples=1)
+        if options.sampling is None:
+            options = replace(options, sampling=choices[self.task == "map"])
+        assert options.sampling is not None
+        if self.task != "fill" and not options.sampling.greedy:
+            options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
+            talk(f"seed: {options.seed}")
+        live = not as_json and self.task != "fill" and (sys.stdout.isatty() if stream is None else stream)
+        rows = len(prompts) * options.samples
+        stage = show.Stage(rows, lambda row: self._head(prompts, options.samples, row), sys.stdout)
+        try:
+            answer = generate(self.model, self.tokenizer, prompts, options, stage.hear if live else None)
+        except torch.OutOfMemoryError:
+            remedy = "give fewer prompts or samples, a smaller --max-tokens or a shorter --dtype"
+            raise refuse(f"{self.facts['device']} has too little memory for {rows} texts", remedy) from None
+        if as_json:
+            print(json.dumps(show.document(answer, self.tokenizer, self.facts), ensure_ascii=False, indent=1))
+        elif not live:
+            show.whole(answer, stage)
+        if not as_json:
+            for row in answer.written if options.lens else ():
+                show.lens(row, self.tokenizer)
+        self._report(answer, options, prompts)
+
+    def _head(self, prompts: list[str], samples: int, row: int) -> None:
+        """Before a text: which it is, where there are several; on a terminal the prompt that it goes on from."""
+        from xtcli.generate.show import visible
+
+        number, sample = divmod(row, samples)
+        names = [f"prompt {number + 1}"] * (len(prompts) > 1) + [f"sample {sample + 1}"] * (samples > 1)
+        if names:
+            talk(f"--- {', '.join(names)}")
+        if self.task == "continue" and sys.stdout.isatty() and sys.stderr.isatty():
+            typer.secho(visible(prompts[number]), bold=True, nl=False, err=True)
+
+    def _report(self, answer: Answer, options: Options, prompts: list[str]) -> None:
+        from xtcli.generate import show
+
+        if answer.task == "fill" and (unused := _unused(self.ctx)):
+            talk(f"filling masks makes no use of {', '.join(unused)}")
+        for note in (*answer.notes, *show.ends(answer)):
+            talk(note)
+        timing = answer.timing
+        said = f"prefill: {timing.prefill_tokens:,} tokens in {timing.prefill_seconds:.3g} s"
+        said += f", {timing.prefill_rate:,.0f} tokens/s" if timing.prefill_rate else ""
+        if timing.decode_rate:
+            said += f"; decode: {timing.decode_tokens:,} tokens in {timing.decode_seconds:.3g} s"
+            said += f", {timing.decode_rate:,.0f} tokens/s"
+        talk(said)
+        if answer.seed is not None and "seed" not in _given(self.ctx):
+            next_command(f"{_again(self.ctx)} --seed {answer.seed}")
+        elif answer.task != "fill" and options.beams == 1 and not options.lens:
+            next_command(f"{_again(self.ctx)} --lens")
+        else:
+            next_command(f"xt inspect {shlex.quote(str(self.folder))}")
+
+
+def talk(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _prompts(given: list[str], files: list[Path]) -> list[str]:
+    """The texts of --prompt, then those of --prompt-file, else standard input."""
+    prompts = list(given)
+    for file in files:
+        if file.is_dir() or not file.exists():
+            cause = "is a folder" if file.is_dir() else "no such file"
+            raise refuse(cause, "give a text file", place=str(file))
+        try:
+            prompts.append(_text(file.read_bytes(), str(file)))
+        except OSError as error:
+            raise refuse(f"cannot be read: {error.strerror}", place=str(file)) from None
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise refuse("no prompt was given", "add --prompt TEXT or --prompt-file FILE, or pipe a text in")
+        prompts.append(_text(sys.stdin.buffer.read(), "standard input"))
+    return prompts
+
+
+def _text(content: bytes, place: str) -> str:
+    """A file's content as a prompt."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise refuse(f"byte {error.start + 1} is no UTF-8", "save the file as UTF-8", place=place) from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise refuse("is empty", 'write a prompt into it; --prompt "" begins a text from nothing', place=place)
+    return text
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    present = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    present += ["mps"] * torch.backends.mps.is_available()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise refuse(f"'{name}' is no device", f"this machine has: {', '.join(present)}", place="--device") from None
+    if device.type == "cuda" and device.index is None and "cuda:0" in present:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if str(device) not in present:
+        cause = f"there is no device '{name}' on this machine"
+        raise refuse(cause, f"this PyTorch ({torch.__version__}) finds: {', '.join(present)}", place="--device")
+    return device
+
+
+def _tokenizer(folder: Path, other: Path | None) -> Tokenizer:
+    from xtcli.data.tokenizers import Tokenizer
+
+    if other is None and not (folder / "tokenizer.json").exists():
+        raise refuse("has weights but no tokenizer", "name one with --tokenizer, or train the model", place=str(folder))
+    return Tokenizer.load(folder if other is None else other)
+
+
+def _given(ctx: typer.Context) -> list[str]:
+    """Names of the parameters that the user wrote."""
+    sources = {param.name: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
+    return [name for name, source in sources.items() if name and source is not None and source.name == "COMMANDLINE"]
+
+
+def _unused(ctx: typer.Context) -> list[str]:
+    """Options that the user wrote and that filling masks does not read."""
+    read = {"ckpt", "prompt", "prompt_file", "fill_top", "past_context", "tokenizer", "device", "dtype", "as_json"}
+    return ["--" + name.replace("_", "-") for name in _given(ctx) if name not in read]
+
+
+def _again(ctx: typer.Context) -> str:
+    """The command as it was given; prompts of several lines are left to the user."""
+    words = ["xt generate"]
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if param.name not in _given(ctx) or param.name == "as_json":
+            continue
+        if isinstance(value, bool):
+            words.append(param.opts[0] if value else param.secondary_opts[0])
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            text = str(one)
+            words.append(f"{param.opts[0]} {shlex.quote(text) if text.isprintable() else '...'}")
+    return " ".join(words)

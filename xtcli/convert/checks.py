@@ -1,0 +1,89 @@
+"""What must hold of the tensors of a source before anything is made of them; every fault is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from xtcli.convert.files import Source
+from xtcli.convert.plan import Claims, Plan
+from xtcli.errors import Problem, UserError
+
+
+def check(plan: Plan, claims: Claims, source: Source, place: str) -> None:
+    """Raise UserError unless shapes, types, ties and dropped buffers are what the plan says."""
+    problems = [*_shapes(plan, claims, source, place), *_types(plan, claims, source, place)]
+    if not problems:
+        problems = [*_ties(plan, claims, source, place), *_drops(plan, claims, source, place)]
+    if problems:
+        raise UserError(*problems[:20])
+
+
+def _shapes(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
+    wanted = {**plan.shapes, **plan.kept(claims.source)}
+    wanted |= {alias: wanted[main] for alias, main in plan.ties.items() if alias in claims.source}
+    problems = []
+    for name, shape in wanted.items():
+        found = source.entries[claims.source[name]].shape
+        if found != shape:
+            cause = f"tensor '{claims.source[name]}' has shape {found}, config.json asks for {shape}"
+            problems.append(Problem(cause, place))
+    return problems
+
+
+def _types(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
+    """All weights have one floating type, but for those that the family's files may hold wider."""
+    names = [name for name in claims.source if name not in claims.dropped]
+    types = {name: source.entries[claims.source[name]].dtype for name in names}
+    common: torch.dtype = Counter(types.values()).most_common(1)[0][0]
+    wide = [name for name in names if name.endswith(plan.family.mixed)] if plan.family.mixed else []
+    rest = {types[name] for name in names if name not in wide}
+    if wide and len(rest) == 1 and next(iter(rest)).itemsize < 4 and all(types[name] == torch.float32 for name in wide):
+        common = rest.pop()
+        types |= dict.fromkeys(wide, common)
+    problems = []
+    for name, dtype in types.items():
+        if dtype != common or not dtype.is_floating_point:
+            said, others = label(dtype), label(common)
+            cause = f"tensor '{claims.source[name]}' is {said}, the others are {others}"
+            if dtype == common:
+                cause = f"tensor '{claims.source[name]}' is {said}, weights are floating-point numbers"
+            problems.append(Problem(cause, place, remedy="convert from the original file"))
+    return problems
+
+
+def _ties(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
+    problems = []
+    for alias in claims.tied:
+        here, there = claims.source[alias], claims.source[plan.ties[alias]]
+        if here != there and not _same(source, here, there):
+            cause = f"'{here}' and '{there}' are tied, yet two different tensors"
+            problems.append(Problem(cause, place, remedy="set tie_word_embeddings in config.json if they should differ"))
+    return problems
+
+
+def _same(source: Source, one: str, other: str) -> bool:
+    return torch.equal(source.read(one).view(torch.uint8), source.read(other).view(torch.uint8))
+
+
+def _drops(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
+    problems = []
+    for name in claims.dropped:
+        drop = plan.drop(name)
+        assert drop is not None
+        if not drop.check(source.read(claims.source[name]), plan.config):
+            cause = f"buffer '{claims.source[name]}' is not {drop.holds}, which is all that it may hold"
+            problems.append(Problem(cause, place))
+    return problems
+
+
+def label(dtype: torch.dtype) -> str:
+    """A type as people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def counted(source: Source) -> Mapping[str, int]:
+    """How many tensors there are of each type."""
+    return Counter(label(entry.dtype) for entry in source.entries.values())

@@ -1,0 +1,209 @@
+"""An xt checkpoint -> a checkpoint of theirs, by the same name rules read backwards.
+
+config.json is the one that came with the weights where it still tells the truth; else what the config tree
+says is written into it, or into a new one. Either way it is read again as an import
+would, and must mean the network that the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtcli.config.preset import load_preset
+from xtcli.convert.casts import Cast
+from xtcli.convert.checks import counted, label
+from xtcli.convert.companions import copy_companions
+from xtcli.convert.engine import to_ours, to_theirs
+from xtcli.convert.families import FAMILIES, by_name
+from xtcli.convert.family import Family, Form
+from xtcli.convert.files import Source, Writer, open_source
+from xtcli.convert.imports import KEPT, REFERENCE
+from xtcli.convert.options import Unexpressed, dump, settle
+from xtcli.convert.plan import Plan, make_plan
+from xtcli.convert.reading import CONFIG, read_config, read_json, skeleton
+from xtcli.convert.report import Report
+from xtcli.convert.same import difference
+from xtcli.errors import Problem, UserError, did_you_mean, refuse
+from xtcli.registry import Config, tree
+from xtcli.runs.checkpoint import locate
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint of ours that has been read, and what it will become."""
+
+    folder: Path
+    source: Source
+    kept: Source | None
+    before: Mapping[str, Any]
+    values: Mapping[str, Any]
+    plan: Plan
+    like: Mapping[str, Tensor]
+    cast: Cast
+
+    def get(self, name: str) -> Tensor:
+        """A tensor of ours."""
+        return self.source.read(name)
+
+    def dtype(self, names: tuple[str, ...]) -> torch.dtype:
+        """The type that the tensors made of these will have."""
+        return self.cast.type(self.source.entries[self.source.ties.get(names[0], names[0])].dtype)
+
+
+def export_checkpoint(
+    path: Path, family: str, cast: Cast, commit: Callable[[Report, Callable[[Path], None]], None], target: str
+) -> Report:
+    """Read a checkpoint of ours and hand what writes theirs to `commit`."""
+    folder = locate(path)
+    config = load_preset(folder).preset.model
+    source = open_source(folder)
+    if source is None:
+        raise refuse("has no weights", place=str(folder))
+    kept = open_source(folder / REFERENCE, KEPT) if (folder / REFERENCE).is_dir() else None
+    before = read_json(folder / REFERENCE / CONFIG) if (folder / REFERENCE / CONFIG).exists() else {}
+    like = skeleton(config, str(folder))
+    form, values = find_form(config, family, before, str(folder))
+    plan = make_plan(form[0], form[1], config, like)
+    _check(source, kept, plan, like, folder)
+    job = Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
+    report = describe(job, target)
+    commit(report, lambda inside: write(job, inside, report))
+    return report
+
+
+def find_form(config: Any, family: str, before: Mapping[str, Any], place: str) -> tuple[tuple[Family, Form], dict[str, Any]]:
+    """The family and form that express a config tree, and the config.json that does; raises UserError if none can."""
+    families = [by_name()[family]] if family in by_name() else list(FAMILIES)
+    if family != "auto" and family not in by_name():
+        raise refuse(f"there is no family '{family}'", did_you_mean(family, [*by_name(), "auto"]))
+    origin = before.get("model_type")
+    families = [f for f in families if origin in f.types] or families
+    stated = (before.get("architectures") or [None])[0]
+    reasons: list[Problem] = []
+    for candidate in families:
+        for form in sorted(candidate.forms, key=lambda form: form.name != stated):
+            if set(form.heads) != set(config.heads):
+                continue
+            try:
+                return (candidate, form), express(candidate, form, config, before if origin in candidate.types else {}, place)
+            except Unexpressed as reason:
+                reasons.append(Problem(f"{form.name} cannot express this model: {reason}", place))
+    if not reasons:
+        names = "+".join(config.heads) or "no"
+        raise refuse(f"no class of {', '.join(f.title for f in families)} has {names} heads", place=place)
+    raise UserError(*reasons)
+
+
+def express(family: Family, form: Form, config: Config, before: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A config.json that means `config`; raises Unexpressed where there is none."""
+    if before and not _differs(family, form, before, config, place):
+        return dict(before)
+    found: dict[str, Any] = {}
+    dump(family.template(form), settle(tree(config)), found)
+    old = {key: value for key, value in before.items() if key != "architectures"}
+    fresh = {"architectures": [form.name], "model_type": family.types[0]}
+    values = {**fresh, **old, **{key: value for key, value in found.items() if key not in old or old[key] != value}}
+    off = _differs(family, form, values, config, place)
+    if off:
+        raise Unexpressed(off)
+    return values
+
+
+def _differs(family: Family, form: Form, values: Mapping[str, Any], config: Config, place: str) -> str:
+    try:
+        return difference(config, read_config(family, form, values, f"{place}/{CONFIG}"))
+    except UserError as error:
+        return str(error.problems[0])
+
+
+def _check(source: Source, kept: Source | None, plan: Plan, like: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise UserError unless the files hold what the preset and the plan say."""
+    problems = []
+    names = {*source.entries, *source.ties}
+    for name in sorted({*like} - names):
+        problems.append(Problem(f"tensor '{name}' is missing", str(folder)))
+    for name in sorted(names - {*like}):
+        problems.append(Problem(f"tensor '{name}' has no place in the model", str(folder), remedy=did_you_mean(name, like)))
+    for name in sorted(names & {*like}):
+        shape = source.entries[source.ties.get(name, name)].shape
+        if shape != tuple(like[name].shape):
+            problems.append(Problem(f"tensor '{name}' has shape {shape}, the preset wants {tuple(like[name].shape)}", str(folder)))
+    for name, entry in (kept.entries if kept else {}).items():
+        if plan.kept([name]) != {name: entry.shape}:
+            problems.append(Problem(f"kept tensor '{name}' {entry.shape} has no place in {plan.form.name}", str(folder)))
+    if problems:
+        raise UserError(*problems[:20])
+
+
+def _typed(values: dict[str, Any], source: Source, cast: Cast, fresh: bool) -> dict[str, Any]:
+    """config.json with the type of the weights, where it is new or the type is being changed."""
+    types = {cast.type(entry.dtype) for entry in source.entries.values()}
+    if len(types) != 1 or not (fresh or cast.dtype is not None):
+        return values
+    return values | {"torch_dtype" if "torch_dtype" in values else "dtype": label(types.pop())}
+
+
+def describe(job: Export, target: str) -> Report:
+    """The report as far as it is known before anything is written."""
+    for entry in (*job.source.entries.values(), *(job.kept.entries.values() if job.kept else ())):
+        job.cast.count(entry.dtype)
+    kept = set(job.kept.entries) if job.kept else set()
+    return Report(
+        family=job.plan.family.name,
+        architecture=job.plan.form.name,
+        to="hf",
+        source=str(job.folder),
+        target=target,
+        tensors=len(job.source.entries) + len(kept),
+        bytes=job.source.nbytes + (job.kept.nbytes if job.kept else 0),
+        dtypes=dict(counted(job.source)),
+        ties=[f"{alias} = {main}" for alias, main in sorted(job.plan.ties.items())],
+        kept=sorted(kept),
+        invented=sorted(set(job.plan.dead) - kept),
+        retyped=job.cast.changed,
+    )
+
+
+def write(job: Export, inside: Path, report: Report) -> None:
+    """All files but the manifest."""
+    sizes = {
+        name: (job.dtype(move.ours), job.plan.shapes[name]) for move in job.plan.moves for name in move.theirs
+    }
+    usual = next(iter(sizes.values()))[0]
+    kept = job.kept.entries if job.kept else {}
+    sizes |= {name: (job.cast.type(entry.dtype), entry.shape) for name, entry in kept.items()}
+    sizes |= {name: (usual, job.plan.dead[name]) for name in report.invented}
+    with Writer(inside, sizes) as writer:
+        for move in job.plan.moves:
+            for name, tensor in to_theirs(move, job.get).items():
+                writer.put(name, job.cast(name, tensor))
+        for name, entry in kept.items():
+            writer.put(name, job.cast(name, entry.read()))
+        for name in report.invented:
+            writer.put(name, torch.zeros(job.plan.dead[name], dtype=usual))
+    if job.values == job.before:
+        shutil.copyfile(job.folder / REFERENCE / CONFIG, inside / CONFIG)
+    else:
+        (inside / CONFIG).write_text(json.dumps(job.values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    report.companions = copy_companions(job.folder, inside)
+    report.rounding = job.cast.rounding
+    report.bit_exact = not job.cast.changed and unchanged(job, inside)
+
+
+def unchanged(job: Export, inside: Path) -> bool:
+    """Whether what was written, read back, gives every byte of the source again."""
+    written = open_source(inside)
+    assert written is not None
+    for move in job.plan.moves:
+        for name, tensor in to_ours(move, written.read, job.like).items():
+            if not torch.equal(tensor.reshape(-1).view(torch.uint8), job.get(name).reshape(-1).view(torch.uint8)):
+                raise AssertionError(f"{name} came back changed")
+    return True

@@ -1,0 +1,161 @@
+"""A checkpoint of theirs -> an xt checkpoint.
+
+    DST/ preset.yaml  model.safetensors  reference/config.json  [reference/kept.safetensors]  convert.json
+         [tokenizer.json and its like]  manifest.json
+
+`reference/` holds what the network does not need and the way back does: config.json as it was, and the
+tensors that nothing reads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtcli.convert.casts import Cast
+from xtcli.convert.checks import check, counted, label
+from xtcli.convert.companions import copy_companions
+from xtcli.convert.engine import to_ours, to_theirs
+from xtcli.convert.files import Source, Writer, open_source
+from xtcli.convert.pickles import unpickled
+from xtcli.convert.plan import Claims, Plan
+from xtcli.convert.preset import preset_yaml
+from xtcli.convert.reading import CONFIG, find_family, read, read_json, skeleton
+from xtcli.convert.report import Report
+from xtcli.errors import refuse
+
+REFERENCE = "reference"
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Import:
+    """A source that has been read and checked, and what it will become."""
+
+    folder: Path
+    source: Source
+    values: Mapping[str, Any]
+    plan: Plan
+    claims: Claims
+    like: Mapping[str, Tensor]
+    cast: Cast
+
+    def get(self, name: str) -> Tensor:
+        """A tensor of theirs by the plan's name."""
+        return self.source.read(self.claims.source[name])
+
+    def dtype(self, names: tuple[str, ...]) -> torch.dtype:
+        """The type that the tensors made of these will have."""
+        return self.cast.type(self.source.entries[self.claims.source[names[0]]].dtype)
+
+
+def import_checkpoint(
+    folder: Path,
+    family: str,
+    cast: Cast,
+    scratch: Path | None,
+    commit: Callable[[Report, Callable[[Path], None]], None],
+    target: str,
+) -> Report:
+    """Read and check a checkpoint of theirs, and hand what writes ours to `commit`.
+
+    scratch: where pickled weights may be rewritten; None refuses pickles.
+    """
+    values = read_json(folder / CONFIG)
+    chosen = find_family(family, values, str(folder / CONFIG))
+    with nullcontext(folder) if scratch is None else unpickled(folder, scratch) as weights:
+        source = open_source(weights)
+        if source is None:
+            raise no_weights(folder)
+        plan, claims = read(chosen, values, list(source.entries), str(folder))
+        check(plan, claims, source, str(folder))
+        job = Import(folder, source, values, plan, claims, skeleton(plan.config, str(folder)), cast)
+        report = describe(job, target)
+        commit(report, lambda inside: write(job, inside, report))
+    return report
+
+
+def no_weights(folder: Path) -> Exception:
+    """What to say of a folder without safetensors."""
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return refuse(
+            f"has its weights in a pickle ({pickles[0]}), which can run programs when it is read",
+            "use --allow-pickle if you trust where it comes from",
+            place=str(folder),
+        )
+    return refuse("has no model.safetensors and no index of shards", "give the folder of a checkpoint", place=str(folder))
+
+
+def describe(job: Import, target: str) -> Report:
+    """The report as far as it is known before anything is written."""
+    claims = job.claims
+    for name in claims.source:
+        if name not in claims.dropped and name not in claims.tied:
+            job.cast.count(job.source.entries[claims.source[name]].dtype)
+    return Report(
+        family=job.plan.family.name,
+        architecture=job.plan.form.name,
+        to="xt",
+        source=str(job.folder),
+        target=target,
+        tensors=len(job.source.entries),
+        bytes=job.source.nbytes,
+        dtypes=dict(counted(job.source)),
+        ties=[f"{alias} = {main}" for alias, main in sorted(job.plan.ties.items())],
+        drops=sorted(claims.dropped),
+        kept=sorted(claims.kept),
+        renamed=sorted(claims.renamed),
+        retyped=job.cast.changed,
+    )
+
+
+def write(job: Import, inside: Path, report: Report) -> None:
+    """All files but the manifest."""
+    sizes = {
+        name: (job.dtype(move.theirs), tuple(job.like[name].shape)) for move in job.plan.moves for name in move.ours
+    }
+    with Writer(inside, sizes) as writer:
+        for move in job.plan.moves:
+            for name, tensor in to_ours(move, job.get, job.like).items():
+                writer.put(name, job.cast(name, tensor))
+    (inside / REFERENCE).mkdir()
+    _keep_config(job, inside / REFERENCE / CONFIG)
+    kept = {name: (job.dtype((name,)), shape) for name, shape in job.plan.kept(job.claims.source).items()}
+    if kept:
+        with Writer(inside / REFERENCE, kept, KEPT) as writer:
+            for name in kept:
+                writer.put(name, job.cast(name, job.get(name)))
+    report.companions = copy_companions(job.folder, inside)
+    (inside / "preset.yaml").write_text(preset_yaml(job.plan, job.folder.name), encoding="utf-8")
+    report.rounding = job.cast.rounding
+    report.bit_exact = not job.cast.changed and unchanged(job, inside)
+
+
+def _keep_config(job: Import, target: Path) -> None:
+    """config.json byte for byte; where the type changes, with the new type."""
+    key = next((key for key in ("dtype", "torch_dtype") if key in job.values), None)
+    if job.cast.dtype is None or key is None:
+        shutil.copyfile(job.folder / CONFIG, target)
+    else:
+        text = json.dumps({**job.values, key: label(job.cast.dtype)}, indent=2)
+        target.write_text(text + "\n", encoding="utf-8")
+
+
+def unchanged(job: Import, inside: Path) -> bool:
+    """Whether what was written, read back, gives every byte of the source again."""
+    written = open_source(inside)
+    assert written is not None
+    for move in job.plan.moves:
+        for name, tensor in to_theirs(move, written.read).items():
+            if not torch.equal(tensor.reshape(-1).view(torch.uint8), job.get(name).reshape(-1).view(torch.uint8)):
+                raise AssertionError(f"{name} came back changed")
+    return True

@@ -1,0 +1,183 @@
+"""What a model costs: FLOPs and state for each token, memory to use it and to train it.
+
+FLOPs are those of matrix products in the built graph, as train/plan.py counts them: attention over the whole
+length whatever the mask hides, every head at every place, the backward pass as two forwards. Memory is given for
+weights and matrix products in float32 and in bfloat16; training always keeps float32 weights, gradients and AdamW's
+two running values. Context of the device, its libraries and fragments are beside these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+
+from xtcli.config.preset import Resolved
+from xtcli.data.batch import IGNORE, Batch
+from xtcli.errors import refuse
+from xtcli.inspect import units
+from xtcli.inspect.memory import State, measure_reading, measure_state
+from xtcli.model import skeleton
+from xtcli.parts.graphs import Graph
+from xtcli.parts.seq2seq import EncoderDecoder
+from xtcli.train.job import DEFAULT_CONTEXT
+from xtcli.train.plan import WORKSPACE, Plan, make_plan, measure
+
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes at one precision."""
+
+    weights: int
+    state: State | None
+    states: int  # of the whole batch
+    inference: int
+    training: Plan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All costs at `batch` texts of `length` tokens; FLOPs are for one token of one text."""
+
+    batch: int
+    length: int
+    tokens: int  # of one text and, in an encoder-decoder, of its answer
+    sides: int
+    forward: float
+    training: float
+    checkpointing: bool
+    use: Mapping[str, Use]
+
+    def facts(self) -> dict[str, Any]:
+        """The costs as plain data, with units in the names."""
+        return {
+            "batch": self.batch,
+            "length_tokens": self.length,
+            "forward_flop_per_token": self.forward,
+            "training_flop_per_token": self.training,
+            "memory_bytes": {name: _use_facts(use) for name, use in self.use.items()},
+        }
+
+
+def _use_facts(use: Use) -> dict[str, Any]:
+    return {
+        "weights": use.weights,
+        "state_per_token": None if use.state is None else use.state.token,
+        "state_per_source_token": None if use.state is None else use.state.source,
+        "state_fixed": None if use.state is None else use.state.fixed,
+        "state": use.states,
+        "inference": use.inference,
+        "training": use.training.peak,
+        "training_parts": {
+            key: value
+            for key, value in asdict(use.training).items()
+            if key in ("weights", "gradients", "optimizer", "activations")
+        },
+    }
+
+
+def usual_length(resolved: Resolved, model: Graph) -> int:
+    """The length that costs are given for unless the user names one: that of training, else the model's context."""
+    return resolved.preset.train.context or model.context or DEFAULT_CONTEXT
+
+
+def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = None) -> Costs:
+    """The costs of a preset's model; raises UserError for a length that the model cannot read."""
+    model = skeleton(resolved)
+    given, length = length, length or usual_length(resolved, model)
+    _check_length(model, length, given)
+    one = synthetic(model, 1, length)
+    forward = measure(model, one, torch.float32)
+    share = getattr(resolved.preset.objective, "supervised", 1.0)
+    plan_batch = synthetic(model, batch, length, share)
+    use = {}
+    for name, dtype in PRECISIONS.items():
+        typed = model if dtype == torch.float32 else skeleton(resolved, dtype)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in typed.parameters())
+        reading = measure_reading(typed, batch, length)
+        plan = make_plan(
+            model,
+            plan_batch,
+            dtype=dtype,
+            micro_batch=batch,
+            checkpointing=resolved.preset.train.checkpointing,
+            free=0,
+        )
+        inference = int((weights + reading.state + reading.transient) * (1 + WORKSPACE))
+        use[name] = Use(weights, measure_state(typed, length), reading.state, inference, plan)
+    trained = next(iter(use.values())).training
+    return Costs(
+        batch,
+        length,
+        one.tokens,
+        2 if isinstance(model, EncoderDecoder) else 1,
+        forward.flops / one.tokens,
+        trained.flops / plan_batch.tokens,
+        resolved.preset.train.checkpointing,
+        use,
+    )
+
+
+def _check_length(model: Graph, length: int, given: int | None) -> None:
+    limits = (getattr(module, "limit", None) for module in model.modules())
+    limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
+    if limit is not None and length > limit:
+        raise refuse(
+            f"{units.plural(length, 'token')} do not fit into {units.plural(limit, 'position')}",
+            f"use --length {limit} or less",
+            place="" if given is None else "--length",
+        )
+
+
+def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batch:
+    """Rows of `length` tokens for every input and every head of a model.
+
+    share: how many of the places have a target, for heads that look at those alone.
+    """
+    ids = np.zeros((batch, length), dtype=np.int64)
+    accepted = signature(model.hidden).parameters
+    inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in accepted}
+    targets = np.full((batch, length), IGNORE, dtype=np.int64)
+    targets[:, : max(1, round(share * length))] = 0
+    return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * len(inputs)] * batch)
+
+
+def lines(costs: Costs) -> list[str]:
+    """The costs as text."""
+    text = f"{units.plural(costs.batch, 'text')} of {units.plural(costs.length, 'token')}"
+    text += ", each with an answer of as many" if costs.sides > 1 else ""
+    rows = [
+        (f"at {text}", *costs.use),
+        *[(label, *cells) for label, cells in memory_rows(costs)],
+    ]
+    flops = [
+        ("FLOPs per token, forward", units.flop(costs.forward)),
+        ("FLOPs per token, training", units.flop(costs.training)),
+    ]
+    return [*units.table(flops, right=(1,)), "", *units.table(rows, right=tuple(range(1, len(costs.use) + 1)))]
+
+
+def memory_rows(costs: Costs) -> list[tuple[str, list[str]]]:
+    """Label and a figure for each precision."""
+    uses = list(costs.use.values())
+    rows = [("weights", [units.size(use.weights) for use in uses])]
+    states = [use.state for use in uses if use.state is not None]
+    if states:
+        rows.append(("state per token", [units.size(state.token) for state in states]))
+        if any(state.source for state in states):
+            rows.append(("state per source token", [units.size(state.source) for state in states]))
+        if any(round(state.fixed) for state in states):
+            rows.append(("state of any length", [units.size(state.fixed) for state in states]))
+        rows.append(("state in all", [units.size(use.states) for use in uses]))
+    else:
+        rows.append(("state", ["none" for _ in uses]))
+    rows.append(("memory for inference", [units.size(use.inference) for use in uses]))
+    how = "memory for training" + (", recomputing" if costs.checkpointing else "")
+    rows.append((how, [units.size(use.training.peak) for use in uses]))
+    return rows

@@ -1,0 +1,146 @@
+"""Bytes that a model holds while it is used, counted on the meta device.
+
+    state      what is remembered between calls: measured on the parts' own `new_state`, after a first step, for two
+               capacities and two lengths of an encoder's text; the difference is the growth of a token
+    transient  the most bytes alive at once while a text is read, weights and state aside
+
+Nothing here knows a kind of state: every tensor that the state reaches is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import Head
+from xtcli.parts.seq2seq import EncoderDecoder
+from xtcli.train.fused import Kernels
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of one sequence's state: growth for each token, growth for each token an encoder read, and the rest."""
+
+    token: float
+    source: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes while `batch` texts are read: the state afterwards, and the peak of everything else but the weights."""
+
+    state: int
+    transient: int
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the bytes of storages made while active, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of every tensor that a state reaches."""
+    found: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[id(value)] = value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            visit(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "__dict__"):
+            visit(vars(value))
+
+    visit(state)
+    return sum(found.values())
+
+
+def has_state(model: Graph) -> bool:
+    """Whether the model writes token after token; one that reads a whole text at once keeps nothing."""
+    return isinstance(model, EncoderDecoder) or model.causal
+
+
+def measure_state(model: Graph, length: int) -> State | None:
+    """The state of one sequence of `length` tokens (2 or more) of a meta model; None for a model that keeps none.
+
+    Growth is that between half the length and the whole, so that a state which stops growing shows it.
+    """
+    if not has_state(model):
+        return None
+    low, high = length // 2, length
+    full = _remembered(model, high, high)
+    token = (full - _remembered(model, low, high)) / (high - low)
+    source = (full - _remembered(model, high, low)) / (high - low)
+    return State(token, source, full - (token + source) * high)
+
+
+def _remembered(model: Graph, capacity: int, source: int) -> int:
+    """Bytes that the parts remember after a first step; the model's own bookkeeping is not counted."""
+    state = model.new_state(1, capacity)  # type: ignore[operator]
+    ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        if isinstance(model, EncoderDecoder):
+            memory = torch.empty(1, source, model.dim, dtype=model.dtype, device="meta")
+            model.decode(ids, memory, state=state)
+        else:
+            model.hidden(input_ids=ids, state=state)
+    return state_bytes(state.blocks)
+
+
+def measure_reading(model: Graph, batch: int, length: int) -> Reading:
+    """Bytes while a meta model reads `batch` texts of `length` tokens, to go on writing where it can write.
+
+    A model that writes makes the logits of the last place; one that does not, every output at every place. An
+    encoder-decoder reads a source of `length` tokens and has room for as many.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    state = model.new_state(batch, length) if has_state(model) else None  # type: ignore[operator]
+    before = state_bytes(state)
+    with torch.no_grad(), Kernels(), _Alive() as alive:
+        if isinstance(model, EncoderDecoder):
+            hidden = model.decode(ids[:, :1], model.encode(ids), state=state)
+        elif state is not None:
+            hidden = model.hidden(input_ids=ids, state=state)
+        else:
+            hidden = model.hidden(input_ids=ids)
+        if state is not None:
+            hidden.states = hidden.states[:, -1:]
+        for head in model.heads.values():
+            assert isinstance(head, Head)
+            head.outputs(hidden)
+    after = state_bytes(state)
+    return Reading(after, max(alive.peak - (after - before), 0))

@@ -1,0 +1,305 @@
+"""What each attention of a model sees: masks, biases and rotations, computed by the model's own parts.
+
+    mask     share of the query-key pairs of each cell of a grid that are seen
+    bias     what is added to the scores of one query, (heads, cells of keys), and the grid of its first head
+    turn     cosines of the angles by place, (pairs of dimensions, cells of places)
+
+Rules and biases are rendered as in a forward pass over `length` tokens, a band of queries at a time, so that long
+texts take no quadratic memory. A learned bias needs weights: those of a checkpoint, or else a table in which each
+row has its own number, which shows the distances that share a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtcli.inspect import units
+from xtcli.parts import masks
+from xtcli.parts.context import Ctx
+from xtcli.parts.shared import Shared
+from xtcli.parts.stack import Stack
+from xtcli.registry import Config
+
+BAND = 2**22
+"""Query-key pairs that are computed at once, for each head."""
+
+Weights = Callable[[str], Tensor]
+"""A tensor of a checkpoint by its name."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How one attention sees: its mask's rule, and the numbers of its bias and rotation in the stack."""
+
+    rule: Config | None
+    bias: int | None = None
+    turn: int | None = None
+    relative: str = ""
+    position: str = ""
+    memory: bool = False
+
+    def words(self) -> tuple[str, ...]:
+        """The sight in words, for the module tree."""
+        if self.memory:
+            return ("mask every key of the memory",)
+        if self.rule is None:
+            return ()
+        return (f"mask {rule_words(self.rule)}", *([f"position {self.position}"] if self.position else []))
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """One distinct mask: `grid` (cells, cells) of shares seen, queries down, keys across."""
+
+    stack: str
+    users: str
+    rule: str
+    length: int
+    seen: float
+    grid: Tensor
+
+
+@dataclass(frozen=True)
+class BiasView:
+    """One distinct bias: `keys` (heads, cells) for the query at `query`, `grid` (cells, cells) of the first head."""
+
+    stack: str
+    users: str
+    kind: str
+    length: int
+    query: int
+    learned: str
+    keys: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True)
+class TurnView:
+    """One distinct rotation: `grid` (pairs, cells) of cosines by place; wavelengths in tokens."""
+
+    stack: str
+    users: str
+    kind: str
+    length: int
+    pairs: int
+    shortest: float
+    longest: float
+    grid: Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """Everything that the attentions of a model share, and what is said in words alone."""
+
+    masks: tuple[MaskView, ...]
+    biases: tuple[BiasView, ...]
+    turns: tuple[TurnView, ...]
+    words: tuple[str, ...]
+
+
+def rule_words(rule: Config) -> str:
+    """A mask's rule as text: `window(left=3, right=0)`."""
+    fields = {name: getattr(rule, name) for name in type(rule).model_fields}
+    if not fields:
+        return rule.kind
+    inner = []
+    for name, value in fields.items():
+        if isinstance(value, tuple) and all(isinstance(item, Config) for item in value):
+            inner += [rule_words(item) for item in value]
+        else:
+            inner.append(f"{name}={rule_words(value) if isinstance(value, Config) else value}")
+    return f"{rule.kind}({', '.join(inner)})"
+
+
+def sight_of(stack: Stack, module: nn.Module) -> Sight:
+    """How a sublayer of `stack` sees; one without masks has no rule."""
+    if getattr(module, "reads_memory", False):
+        return Sight(None, memory=True)
+    view = getattr(module, "view", None)
+    if not isinstance(view, int):
+        return Sight(None)
+    found = stack.shared.views[view]
+    queries = getattr(module, "turn_queries", None)
+    turn = queries.keywords.get("number") if isinstance(queries, functools.partial) else None
+    relative = getattr(module, "relative", None)
+    kinds = [
+        _kind(part)
+        for part in (
+            None if turn is None else stack.shared.turns[turn],
+            None if found.bias is None else stack.shared.biases[found.bias],
+            relative,
+        )
+        if part is not None
+    ]
+    return Sight(
+        found.rule, found.bias, turn, _kind(relative) if isinstance(relative, nn.Module) else "", " + ".join(kinds)
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return getattr(getattr(type(module), "Config", None), "kind", "") or type(module).__name__
+
+
+def stacks(model: nn.Module) -> Mapping[str, Stack]:
+    """The stacks of a model by their path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Stack)}
+
+
+def look(model: nn.Module, length: int, cells: int, weights: Weights | None = None) -> Views:
+    """Every distinct mask, bias and rotation over `length` tokens, in at most `cells` cells an axis.
+
+    `model` may be on the meta device. Raises UserError where `weights` lacks a tensor.
+    """
+    found: tuple[list[MaskView], list[BiasView], list[TurnView], list[str]] = ([], [], [], [])
+    cells = min(cells, length)
+    for name, stack in stacks(model).items():
+        users = _users(stack)
+        shared = stack.shared
+        rules = dict.fromkeys(sight.rule for sight in users if sight.rule is not None)
+        for rule in rules:
+            who = _who(users, lambda sight, rule=rule: sight.rule == rule)  # type: ignore[misc]
+            grid, seen = mask_grid(rule, length, cells)
+            found[0].append(MaskView(name, who, rule_words(rule), length, seen, grid))
+        for number, bias in enumerate(shared.biases):
+            who = _who(users, lambda sight, number=number: sight.bias == number)  # type: ignore[misc]
+            path = f"{name}.shared.biases.{number}"
+            found[1].append(_bias(bias, name, who, path, length, cells, weights))
+        for number, turn in enumerate(shared.turns):
+            who = _who(users, lambda sight, number=number: sight.turn == number)  # type: ignore[misc]
+            found[2].append(_turn(turn, name, who, length, cells))
+        found[3].extend(_rest(name, users, shared))
+    masks_, biases, turns, words = found
+    words += _places(model)
+    return Views(tuple(masks_), tuple(biases), tuple(turns), tuple(words))
+
+
+Users = dict[Sight, dict[str, list[int]]]
+"""Sight -> sublayer's name -> numbers of the layers."""
+
+
+def _users(stack: Stack) -> Users:
+    users: Users = {}
+    for number, block in enumerate(stack.blocks):
+        for name, sublayer in block.sublayers.items():  # type: ignore[operator, union-attr]
+            sight = sight_of(stack, sublayer)
+            if sight.memory or sight.rule is not None:
+                users.setdefault(sight, {}).setdefault(name, []).append(number)
+    return users
+
+
+def _who(users: Users, wanted: Callable[[Sight], bool]) -> str:
+    names: dict[str, list[int]] = {}
+    for sight, by_name in users.items():
+        for name, numbers in by_name.items() if wanted(sight) else ():
+            names.setdefault(name, []).extend(numbers)
+    return "; ".join(f"{name} of layers {units.spans(sorted(numbers))}" for name, numbers in names.items())
+
+
+def _rest(name: str, users: Users, shared: Shared) -> list[str]:
+    """What is not drawn, in words."""
+    said = []
+    for sight, by_name in users.items():
+        who = "; ".join(f"{key} of layers {units.spans(numbers)}" for key, numbers in by_name.items())
+        if sight.memory:
+            said.append(f"{name}: {who}: every real key of the encoder's memory")
+        elif sight.relative:
+            said.append(f"{name}: {who}: position {sight.relative} depends on the queries")
+    return said
+
+
+def _places(model: nn.Module) -> list[str]:
+    """The positions that enter with the tokens, in words."""
+    said = []
+    for name, module in model.named_modules():
+        if getattr(getattr(type(module), "Config", None), "slot", "") == "absolute" and _kind(module) != "none":
+            limit = getattr(module, "limit", None)
+            said.append(f"{name}: {_kind(module)}, " + (units.plural(limit, "place") if limit else "any number of places"))
+    return said
+
+
+def mask_grid(rule: Config, length: int, cells: int) -> tuple[Tensor, float]:
+    """The share of pairs seen in each of cells x cells cells, and of all pairs."""
+    grid = _reduce(lambda ctx, queries: _seen(rule, ctx, queries), length, cells)
+    weight = torch.bincount(_cell(length, cells), minlength=cells).double() / length
+    return grid, float(weight @ grid.double() @ weight)
+
+
+def _seen(rule: Config, ctx: Ctx, queries: int) -> Tensor:
+    mask = masks.render(rule, ctx, queries, None, dense=True).mask
+    assert mask is not None, "a dense mask is stored"
+    return mask.float().mean(dim=(0, 1))
+
+
+def _bias(
+    bias: nn.Module, stack: str, users: str, path: str, length: int, cells: int, weights: Weights | None
+) -> BiasView:
+    bias, learned = _filled(bias, path, weights)
+    query = length - 1 if not getattr(bias, "both_sides", False) else length // 2
+    with torch.no_grad():
+        row = bias.scores(_ctx(length, query, 1), 1)[0, :, 0].float()  # type: ignore[operator]
+        grid = _reduce(lambda ctx, n: bias.scores(ctx, n)[0, 0].float(), length, cells)  # type: ignore[operator]
+    keys = row @ _averages(length, cells)
+    return BiasView(stack, users, _kind(bias), length, query, learned, keys, grid)
+
+
+def _filled(bias: nn.Module, path: str, weights: Weights | None) -> tuple[nn.Module, str]:
+    """A copy with values, and where they come from: `trained`, `rows numbered`, or nothing to learn."""
+    if not any(True for _ in bias.parameters()):
+        return bias, ""
+    real = copy.deepcopy(bias).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for name, parameter in real.named_parameters():
+            if weights is not None:
+                parameter.copy_(weights(f"{path}.{name}").float())
+            else:
+                rows = torch.arange(parameter.shape[0], dtype=torch.float32)
+                parameter.copy_(rows.reshape(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter))
+    return real, "rows numbered" if weights is None else "trained"
+
+
+def _turn(turn: nn.Module, stack: str, users: str, length: int, cells: int) -> TurnView:
+    table: Any = turn.tables(_ctx(length, 0, length), torch.float32)  # type: ignore[operator]
+    cos, sin = table.cos.reshape(-1, length, table.cos.shape[-1])[0], table.sin.reshape(-1, length, table.sin.shape[-1])[0]
+    first = min(1, length - 1)
+    angles = torch.atan2(sin[first], cos[first]).clamp(min=1e-12)
+    waves = 2 * math.pi / angles
+    grid = (cos.T @ _averages(length, cells)) if cells < length else cos.T
+    return TurnView(
+        stack, users, _kind(turn), length, cos.shape[-1], float(waves.min()), float(waves.max()), grid.contiguous()
+    )
+
+
+def _ctx(length: int, start: int, queries: int) -> Ctx:
+    places = torch.arange(length)[None]
+    return Ctx(positions=places[:, start : start + queries], keys=places, offset=start)
+
+
+def _cell(length: int, cells: int) -> Tensor:
+    """The cell of each of `length` places."""
+    return torch.arange(length) * cells // length
+
+
+def _averages(length: int, cells: int) -> Tensor:
+    """(length, cells): a row of values times this is the mean of each cell."""
+    ones = torch.zeros(length, cells).index_put_((torch.arange(length), _cell(length, cells)), torch.tensor(1.0))
+    return ones / ones.sum(0)
+
+
+def _reduce(values: Callable[[Ctx, int], Tensor], length: int, cells: int) -> Tensor:
+    """Means over cells of what `values(ctx, queries)` gives, (queries, keys), for all queries, band by band."""
+    across = _averages(length, cells)
+    total = torch.zeros(cells, cells)
+    step = max(1, BAND // length)
+    for start in range(0, length, step):
+        queries = min(step, length - start)
+        band = values(_ctx(length, start, queries), queries) @ across
+        total.index_add_(0, _cell(length, cells)[start : start + queries], band)
+    return total / torch.bincount(_cell(length, cells), minlength=cells)[:, None]
