@@ -212,7 +212,7 @@ def test_folder(tmp_path: Path) -> None:
     folder(tmp_path, b_py=b"B", a__z_md=b"Z", a_txt=b"A", _git__x=b"hidden", _env=b"hidden", c_png=b"text", d=NOISE)
     folder(tmp_path, e_txt="wide".encode("utf-16"), f_txt=b"", g_jsonl=b'{"text": "row"}')
     source = opened(tmp_path)
-    assert read(source) == [(b"Z",), (b"A",), (b"B",), (b"row",)]
+    assert read(source) == [(b"A",), (b"Z",), (b"B",), (b"row",)]
     assert source.describe() == (
         f"{tmp_path}: 4 files, 18 bytes (left out: 2 binary files, 1 empty files, 1 hidden files, 1 hidden folders, "
         "1 in UTF-16)"
@@ -267,7 +267,7 @@ def test_what_identifies_a_source(tmp_path: Path) -> None:
     assert opened(moved).fingerprint() == base == opened(first).fingerprint()
     assert opened(first, limit=1).fingerprint() != base
     assert opened(first, column="body").fingerprint() != base
-    for change in (dict(a_txt=b"text A"), dict(c_txt=b"c"), dict(b_txt=b"text b ")):
+    for change in ({"a_txt": b"text A"}, {"c_txt": b"c"}, {"b_txt": b"text b "}):
         other = folder(tmp_path / f"changed {change}", a_txt=b"text a", b_txt=b"text b")
         assert opened(folder(other, **change)).fingerprint() != base
     rows = folder(tmp_path / "rows", a_csv=b"text a", b_txt=b"text b")
@@ -330,7 +330,7 @@ BAD: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "pairs of text": ({"a_txt": b"x"}, {"source": "{}/a.txt", "streams": PAIRS}, "{}/a.txt: is plain text, and pairs need two columns; give a jsonl, csv or parquet file"),
     "pairs of a folder": ({"a_txt": b"x"}, {"streams": PAIRS}, "{}: data.source: holds no text (1 .txt); give a folder with text, code, jsonl, csv or parquet files"),
     "bare word": ({}, {"source": "wikitxt"}, "wikitxt: data.source: no such file or folder, and a dataset of the hub is named owner/name; check the path"),
-    "path that looks like a name": ({"data__a_txt": b"x"}, {"source": "data/b"}, "data/b: data.source: no such file or folder; did you mean 'data/a.txt'?"),
+    "path that looks like a name": ({"data__a_txt": b"x"}, {"source": "data/a.text"}, "data/a.text: data.source: no such file or folder; did you mean 'data/a.txt'?"),
 }  # fmt: skip
 
 

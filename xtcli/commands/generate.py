@@ -12,6 +12,7 @@ import typer
 
 from xtcli.commands.options import Json, next_command
 from xtcli.errors import did_you_mean, refuse
+from xtcli.objectives.words import count
 
 if TYPE_CHECKING:
     import torch
@@ -131,19 +132,19 @@ class _Generation:
         import torch
 
         from xtcli.generate.engine import task_of
-        from xtcli.model import count, find_checkpoint, load_folder
+        from xtcli import model
 
         self.ctx = ctx
         place = _device(device)
-        self.folder = find_checkpoint(ckpt)
+        self.folder = model.find_checkpoint(ckpt)
         self.tokenizer = _tokenizer(self.folder, tokenizer)
-        self.model = load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
+        self.model = model.load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
         self.task = task_of(self.model)
-        kind = str(self.model.dtype).removeprefix("torch.")
+        kind = next((name for name, dtype in DTYPES.items() if str(self.model.dtype) == f"torch.{dtype}"), "mixed")
         self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         where = "mps" if place.type == "mps" else f"{place} ({name})"
-        talk(f"{self.folder}: {count(self.model):,} parameters, {kind}, on {where}; {TASKS[self.task]}")
+        talk(f"{self.folder}: {model.count(self.model):,} parameters, {kind}, on {where}; {TASKS[self.task]}")
 
     def run(
         self, prompts: list[str], options: Options, choices: tuple[Any, Any], stream: bool | None, as_json: bool
@@ -202,12 +203,10 @@ class _Generation:
         for note in (*answer.notes, *show.ends(answer)):
             talk(note)
         timing = answer.timing
-        said = f"prefill: {timing.prefill_tokens:,} tokens in {timing.prefill_seconds:.3g} s"
-        said += f", {timing.prefill_rate:,.0f} tokens/s" if timing.prefill_rate else ""
-        if timing.decode_rate:
-            said += f"; decode: {timing.decode_tokens:,} tokens in {timing.decode_seconds:.3g} s"
-            said += f", {timing.decode_rate:,.0f} tokens/s"
-        talk(said)
+        said = [_speed("prefill", timing.prefill_tokens, timing.prefill_seconds)]
+        if timing.decode_tokens:
+            said.append(_speed("decode", timing.decode_tokens, timing.decode_seconds))
+        talk("; ".join(said))
         if answer.seed is not None and "seed" not in _given(self.ctx):
             next_command(f"{_again(self.ctx)} --seed {answer.seed}")
         elif answer.task != "fill" and options.beams == 1 and not options.lens:
@@ -219,6 +218,11 @@ class _Generation:
 def talk(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _speed(what: str, tokens: int, seconds: float) -> str:
+    rate = f", {tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+    return f"{what}: {count(tokens, 'token')} in {seconds:.3g} s{rate}"
 
 
 def _prompts(given: list[str], files: list[Path]) -> list[str]:
@@ -235,7 +239,10 @@ def _prompts(given: list[str], files: list[Path]) -> list[str]:
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
             raise refuse("no prompt was given", "add --prompt TEXT or --prompt-file FILE, or pipe a text in")
-        prompts.append(_text(sys.stdin.buffer.read(), "standard input"))
+        content = sys.stdin.buffer.read()
+        if not content:
+            raise refuse("no prompt was given", "add --prompt TEXT or --prompt-file FILE, or pipe a text in")
+        prompts.append(_text(content, "standard input"))
     return prompts
 
 

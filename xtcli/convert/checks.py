@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from xtcli.convert.engine import same_bits
 from xtcli.convert.files import Source
 from xtcli.convert.plan import Claims, Plan
 from xtcli.errors import Problem, UserError
@@ -58,14 +59,10 @@ def _ties(plan: Plan, claims: Claims, source: Source, place: str) -> list[Proble
     problems = []
     for alias in claims.tied:
         here, there = claims.source[alias], claims.source[plan.ties[alias]]
-        if here != there and not _same(source, here, there):
+        if here != there and not same_bits(source.read(here), source.read(there)):
             cause = f"'{here}' and '{there}' are tied, yet two different tensors"
             problems.append(Problem(cause, place, remedy="set tie_word_embeddings in config.json if they should differ"))
     return problems
-
-
-def _same(source: Source, one: str, other: str) -> bool:
-    return torch.equal(source.read(one).view(torch.uint8), source.read(other).view(torch.uint8))
 
 
 def _drops(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:

@@ -21,7 +21,7 @@ from xtcli.config.preset import load_preset
 from xtcli.convert.casts import Cast
 from xtcli.convert.checks import counted, label
 from xtcli.convert.companions import copy_companions
-from xtcli.convert.engine import to_ours, to_theirs
+from xtcli.convert.engine import forward, same_bits, to_theirs
 from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import Family, Form
 from xtcli.convert.files import Source, Writer, open_source
@@ -203,7 +203,7 @@ def unchanged(job: Export, inside: Path) -> bool:
     written = open_source(inside)
     assert written is not None
     for move in job.plan.moves:
-        for name, tensor in to_ours(move, written.read, job.like).items():
-            if not torch.equal(tensor.reshape(-1).view(torch.uint8), job.get(name).reshape(-1).view(torch.uint8)):
+        for name, tensor in zip(move.ours, forward(move, written.read, job.like), strict=True):
+            if not same_bits(tensor, job.get(name)):
                 raise AssertionError(f"{name} came back changed")
     return True

@@ -60,14 +60,12 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        data = bytearray(self.nbytes)
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            if file.readinto(data) != len(data):
+            if file.readinto(data.numpy().data) != self.nbytes:
                 raise refuse("was cut short while it was read", place=str(self.file))
-        if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+        return data.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from xtcli.convert.casts import Cast
 from xtcli.convert.checks import check, counted, label
 from xtcli.convert.companions import copy_companions
-from xtcli.convert.engine import to_ours, to_theirs
+from xtcli.convert.engine import backward, same_bits, to_ours
 from xtcli.convert.files import Source, Writer, open_source
 from xtcli.convert.pickles import unpickled
 from xtcli.convert.plan import Claims, Plan
@@ -155,7 +155,11 @@ def unchanged(job: Import, inside: Path) -> bool:
     written = open_source(inside)
     assert written is not None
     for move in job.plan.moves:
-        for name, tensor in to_theirs(move, written.read).items():
-            if not torch.equal(tensor.reshape(-1).view(torch.uint8), job.get(name).reshape(-1).view(torch.uint8)):
+        for name, tensor in zip(move.theirs, backward(move, written.read), strict=True):
+            if not same_bits(tensor, job.get(name)):
                 raise AssertionError(f"{name} came back changed")
+    kept = open_source(inside / REFERENCE, KEPT)
+    for name in kept.entries if kept else ():
+        if kept is None or not same_bits(kept.read(name), job.get(name)):
+            raise AssertionError(f"{name} came back changed")
     return True

@@ -59,7 +59,7 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(data.workers)
     cache_folder = folder_of(data)
     source = open_source(data, columns)
-    held = open_source(_held_out(data), columns, key="data.validation") if isinstance(data.validation, str) else None
+    held = open_source(held_out(data), columns, key="data.validation") if isinstance(data.validation, str) else None
     made, note = make_tokenizer(tokenizer, source, cache_folder, progress)
     entry = make_entry(source, columns, made, cache_folder, progress)
     validation = make_entry(held, columns, made, cache_folder, progress) if held else data.validation
@@ -197,7 +197,7 @@ def _total(source: Source) -> int | None:
     return None if source.limit else source.size
 
 
-def _held_out(data: DataConfig) -> DataConfig:
+def held_out(data: DataConfig) -> DataConfig:
     """The config of a validation source: a file or folder, else another split of the same hub dataset."""
     name = str(data.validation)
     hub = not Path(data.source).expanduser().exists() and NAME.fullmatch(data.source)

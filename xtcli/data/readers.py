@@ -18,11 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xtcli.data.text import Tally, from_json, pieces, read_pieces, survey
+from xtcli.data.text import Tally, from_bytes, from_json, is_valid, pieces, read_pieces, survey
 from xtcli.errors import UserError, did_you_mean, refuse
 
 ROW_CHARS = 60
-
 
 Row = tuple[str, list[Any]]
 """Where a row stands, FILE:LINE for instance, and the values of the columns that were asked for."""
@@ -117,22 +116,24 @@ def _jsonl(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
             if not line.strip():
                 tally["blank lines"] += 1
                 continue
+            text = from_bytes(line)
+            valid = is_valid(text)
             try:
-                found = json.loads(line.decode("utf-8", "surrogateescape"))
+                found = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise refuse(f"is not JSON ({error})", "each line must hold one JSON object", place=place) from None
             if not isinstance(found, dict):
                 raise refuse(
                     f"holds a JSON {type(found).__name__}, not an object", "each line must hold one", place=place
                 )
-            yield place, [_cell(found, column, place, tally) for column in columns]
+            yield place, [_cell(found, column, place, valid, tally) for column in columns]
 
 
-def _cell(found: dict[str, Any], column: str, place: str, tally: Tally) -> Any:
+def _cell(found: dict[str, Any], column: str, place: str, valid: bool, tally: Tally) -> Any:
     if column not in found:
         raise missing_column(place, column, list(found), found)
     value = found[column]
-    return from_json(value, tally) if isinstance(value, str) and not value.isascii() else value
+    return from_json(value, valid, tally) if isinstance(value, str) and not value.isascii() else value
 
 
 def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:

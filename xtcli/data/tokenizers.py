@@ -192,11 +192,15 @@ class Tokenizer:
     def encode_pair(
         self, text: str, pair: str | None = None, *, special: bool = True, control: bool = False
     ) -> tuple[list[int], list[int]]:
-        """The ids of one text or two in the template, and for each id the number of its text (0 or 1)."""
-        reader = self.library if control else self._reader
-        parts = [reader.encode(_strict(part), add_special_tokens=False) for part in (text, pair) if part is not None]
-        joined = self.library.post_process(*parts, add_special_tokens=special)
-        return list(joined.ids), list(joined.type_ids)
+        """The ids of one text or two in the template, and the type of each id: 0 for the first text, 1 for the second."""
+        texts = [text] if pair is None else [text, pair]
+        around, types, inner = self.frame(len(texts)) if special else ([[]] * 3, [[]] * 3, [0, 1])
+        ids, kinds = list(around[0]), list(types[0])
+        for number, part in enumerate(texts):
+            found = self.encode(part, control=control)
+            ids += [*found, *around[number + 1]]
+            kinds += [*[inner[number]] * len(found), *types[number + 1]]
+        return ids, kinds
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
         """The ids of many texts as arrays, control tokens never among them; in parallel inside `threads()`."""

@@ -24,6 +24,7 @@ from xtcli.inspect.memory import State, measure_reading, measure_state
 from xtcli.model import skeleton
 from xtcli.parts.graphs import Graph
 from xtcli.parts.seq2seq import EncoderDecoder
+from xtcli.runs.run import gib
 from xtcli.train.job import DEFAULT_CONTEXT
 from xtcli.train.plan import WORKSPACE, Plan, make_plan, measure
 
@@ -92,10 +93,11 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
     model = skeleton(resolved)
     given, length = length, length or usual_length(resolved, model)
     _check_length(model, length, given)
-    one = synthetic(model, 1, length)
-    forward = measure(model, one, torch.float32)
+    one, wide = synthetic(model, 1, length), torch.float32
+    forward = measure(model, one, wide)
     share = getattr(resolved.preset.objective, "supervised", 1.0)
-    plan_batch = synthetic(model, batch, length, share)
+    step = synthetic(model, batch, length, share)
+    trained = forward if share == 1.0 else measure(model, step.split(1)[0], wide)
     use = {}
     for name, dtype in PRECISIONS.items():
         typed = model if dtype == torch.float32 else skeleton(resolved, dtype)
@@ -103,22 +105,22 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
         reading = measure_reading(typed, batch, length)
         plan = make_plan(
             model,
-            plan_batch,
+            step,
             dtype=dtype,
             micro_batch=batch,
             checkpointing=resolved.preset.train.checkpointing,
             free=0,
+            cost=trained.narrowed(wide, dtype),
         )
         inference = int((weights + reading.state + reading.transient) * (1 + WORKSPACE))
         use[name] = Use(weights, measure_state(typed, length), reading.state, inference, plan)
-    trained = next(iter(use.values())).training
     return Costs(
         batch,
         length,
         one.tokens,
         2 if isinstance(model, EncoderDecoder) else 1,
         forward.flops / one.tokens,
-        trained.flops / plan_batch.tokens,
+        3 * trained.flops / one.tokens,
         resolved.preset.train.checkpointing,
         use,
     )
@@ -148,25 +150,18 @@ def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batc
     return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * len(inputs)] * batch)
 
 
-def lines(costs: Costs) -> list[str]:
-    """The costs as text."""
-    text = f"{units.plural(costs.batch, 'text')} of {units.plural(costs.length, 'token')}"
-    text += ", each with an answer of as many" if costs.sides > 1 else ""
-    rows = [
-        (f"at {text}", *costs.use),
-        *[(label, *cells) for label, cells in memory_rows(costs)],
-    ]
-    flops = [
+def flop_rows(costs: Costs) -> list[tuple[str, str]]:
+    """Label and figure."""
+    return [
         ("FLOPs per token, forward", units.flop(costs.forward)),
         ("FLOPs per token, training", units.flop(costs.training)),
     ]
-    return [*units.table(flops, right=(1,)), "", *units.table(rows, right=tuple(range(1, len(costs.use) + 1)))]
 
 
 def memory_rows(costs: Costs) -> list[tuple[str, list[str]]]:
     """Label and a figure for each precision."""
     uses = list(costs.use.values())
-    rows = [("weights", [units.size(use.weights) for use in uses])]
+    rows = [("weights", [gib(use.weights) for use in uses])]
     states = [use.state for use in uses if use.state is not None]
     if states:
         rows.append(("state per token", [units.size(state.token) for state in states]))
@@ -174,10 +169,23 @@ def memory_rows(costs: Costs) -> list[tuple[str, list[str]]]:
             rows.append(("state per source token", [units.size(state.source) for state in states]))
         if any(round(state.fixed) for state in states):
             rows.append(("state of any length", [units.size(state.fixed) for state in states]))
-        rows.append(("state in all", [units.size(use.states) for use in uses]))
+        rows.append(("state in all", [gib(use.states) for use in uses]))
     else:
         rows.append(("state", ["none" for _ in uses]))
-    rows.append(("memory for inference", [units.size(use.inference) for use in uses]))
+    rows.append(("memory for inference", [gib(use.inference) for use in uses]))
     how = "memory for training" + (", recomputing" if costs.checkpointing else "")
-    rows.append((how, [units.size(use.training.peak) for use in uses]))
+    rows.append((how, [gib(use.training.peak) for use in uses]))
     return rows
+
+
+def occasion(costs: Costs) -> str:
+    """What the costs are those of."""
+    text = f"{units.plural(costs.batch, 'text')} of {units.plural(costs.length, 'token')}"
+    return text + (", each with an answer of as many" if costs.sides > 1 else "")
+
+
+def lines(costs: Costs) -> list[str]:
+    """The costs as text."""
+    flops = [(label, text, f"in a text of {units.plural(costs.length, 'token')}") for label, text in flop_rows(costs)]
+    rows = [(occasion(costs), *costs.use), *((label, *cells) for label, cells in memory_rows(costs))]
+    return [*units.table(flops, right=(1,)), "", *units.table(rows, right=tuple(range(1, len(costs.use) + 1)))]

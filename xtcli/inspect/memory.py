@@ -10,7 +10,7 @@ Nothing here knows a kind of state: every tensor that the state reaches is count
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,12 @@ class Reading:
 
 
 class _Alive(TorchDispatchMode):
-    """Follows the bytes of storages made while active, and their peak."""
+    """Follows the bytes of storages made while active, and their peak; those that hold `there` are known before."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known: set[int] = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -72,11 +72,16 @@ class _Alive(TorchDispatchMode):
 
 def state_bytes(state: Any) -> int:
     """Bytes of every tensor that a state reaches."""
-    found: dict[int, int] = {}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """Every tensor that a state reaches, once."""
+    found: dict[int, Tensor] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, Tensor):
-            found[id(value)] = value.numel() * value.element_size()
+            found[id(value)] = value
         elif isinstance(value, Mapping):
             visit(list(value.values()))
         elif isinstance(value, list | tuple):
@@ -86,7 +91,7 @@ def state_bytes(state: Any) -> int:
             visit(vars(value))
 
     visit(state)
-    return sum(found.values())
+    return list(found.values())
 
 
 def has_state(model: Graph) -> bool:
@@ -104,7 +109,8 @@ def measure_state(model: Graph, length: int) -> State | None:
     low, high = length // 2, length
     full = _remembered(model, high, high)
     token = (full - _remembered(model, low, high)) / (high - low)
-    source = (full - _remembered(model, high, low)) / (high - low)
+    reads = isinstance(model, EncoderDecoder)
+    source = (full - _remembered(model, high, low)) / (high - low) if reads else 0.0
     return State(token, source, full - (token + source) * high)
 
 
@@ -130,7 +136,7 @@ def measure_reading(model: Graph, batch: int, length: int) -> Reading:
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     state = model.new_state(batch, length) if has_state(model) else None  # type: ignore[operator]
     before = state_bytes(state)
-    with torch.no_grad(), Kernels(), _Alive() as alive:
+    with torch.no_grad(), Kernels(), _Alive([*model.parameters(), *model.buffers(), *tensors(state), ids]) as alive:
         if isinstance(model, EncoderDecoder):
             hidden = model.decode(ids[:, :1], model.encode(ids), state=state)
         elif state is not None:

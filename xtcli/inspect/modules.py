@@ -184,13 +184,13 @@ def lines(root: Node) -> list[str]:
     rows = [(root.kind, "", f"{root.total:,} parameters")]
     for child in root.children:
         rows += _rows(child, 1)
-    width = max(len(row[0]) for row in rows)
-    middle = max(len(row[1]) for row in rows)
-    right = max(len(row[2].removesuffix(" parameters")) for row in rows)
+    width = max((len(what) for what, shapes, _ in rows if shapes), default=0)
+    left = [f"{what:{width}}  {shapes}" if shapes else what for what, shapes, _ in rows]
+    middle, right = max(map(len, left)), max(len(count.partition(" ")[0]) for *_, count in rows)
     text = []
-    for what, shapes, count in rows:
+    for what, (*_, count) in zip(left, rows, strict=True):
         number, _, unit = count.partition(" ")
-        text.append(f"{what:{width}}  {shapes:{middle}}  {number:>{right}} {unit}".rstrip())
+        text.append(f"{what:{middle}}  {number:>{right}} {unit}".rstrip())
     return text
 
 
@@ -200,7 +200,7 @@ def _rows(node: Node, depth: int) -> Iterator[tuple[str, str, str]]:
     if node.times > 1:
         words.append(f"({node.times} x {node.parameters:,})")
     shapes = " + ".join(
-        ("" if name in ("weight", "bias") else f"{name} ")
+        ("" if name == "weight" or (name == "bias" and "weight" in node.tensors) else f"{name} ")
         + f"({', '.join(map(str, shape))})"
         + (" tied" if name in node.tied else "")
         for name, shape in node.tensors.items()
@@ -244,5 +244,5 @@ def _component(module: nn.Module) -> str:
 def share_lines(parts: Mapping[str, int]) -> list[str]:
     """The components with their shares of the whole, as a table."""
     whole = max(sum(parts.values()), 1)
-    rows = [(name, f"{count:,}", "parameters", f"{count / whole:6.1%}") for name, count in parts.items()]
+    rows = [(name, f"{count:,}", "parameters", f"{count / whole:.2%}") for name, count in parts.items()]
     return units.table(rows, right=(1, 3))

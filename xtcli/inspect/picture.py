@@ -106,10 +106,15 @@ def lines(views: Views, blocks: bool = True) -> list[str]:
     """Every picture with its caption."""
     text: list[str] = []
     for mask in views.masks:
-        text += [mask_caption(mask), *_framed(mask_lines(mask.grid, blocks)), ""]
+        # A mask that hides nothing has nothing to show.
+        drawn = [] if mask.seen == 1.0 else _framed(mask_lines(mask.grid, blocks))
+        text += [mask_caption(mask), *drawn, ""]
     for bias in views.biases:
         grid, heads = thin(bias.keys, MAX_ROWS)
-        text += [bias_caption(bias), *_framed(shade_lines(grid, [f"head {head}" for head in heads], blocks)), ""]
+        names = [f"head {head}" for head in heads]
+        if bool((bias.keys == bias.keys[0]).all()):
+            grid, names = grid[:1], ["each head"]
+        text += [bias_caption(bias), *_framed(shade_lines(grid, names, blocks)), ""]
     for turn in views.turns:
         grid, pairs = thin(turn.grid, MAX_ROWS)
         text += [turn_caption(turn), *_framed(shade_lines(grid, [f"pair {pair}" for pair in pairs], blocks)), ""]

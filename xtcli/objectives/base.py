@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch, round_up
 from xtcli.data.order import Ints
 from xtcli.errors import refuse
+
+if TYPE_CHECKING:
+    from xtcli.config.preset import Resolved
 
 Array = np.ndarray[Any, Any]
 Sample = dict[str, Array]
@@ -114,6 +117,26 @@ class Objective(ABC):
         self.pad = special.get("pad", special.get("eos", 0))
         self.width: dict[str, int] = {"": context}
         self.masks: Literal["never", "needed", "always"] = "always"
+
+    @classmethod
+    def prepare(cls, resolved: Resolved, model: Any) -> tuple[Resolved, Any, Any]:
+        """The data of a preset as this objective reads it: (preset, tokenizer, store).
+
+        The preset is the one given, with what only the data can tell settled in it. `model` is a skeleton.
+        """
+        from xtcli.data.prepare import prepare
+
+        preset = resolved.preset
+        return resolved, *prepare(preset.data, preset.tokenizer, seed=preset.train.seed, columns=cls.streams)
+
+    @classmethod
+    def facts(cls, model: Any) -> dict[str, Any]:
+        """What the constructor must know of the model, as keyword arguments."""
+        return {}
+
+    def scorer(self) -> Any:
+        """A fresh `xtcli.train.scores.Scorer` for one validation, None where the loss is all that is measured."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -24,7 +24,9 @@ class Frame:
 
     def __init__(self, tokenizer: Any, context: int) -> None:
         if context < LEAST:
-            raise refuse(f"a context of {context} tokens leaves no room for text", f"set model.context to {LEAST} or more")
+            raise refuse(
+                f"a context of {context} tokens leaves no room for text", f"set model.context to {LEAST} or more"
+            )
         self.context = context
         self.parts = {texts: _parts(tokenizer, texts) for texts in (1, 2)}
 
@@ -61,7 +63,10 @@ def lengths(sizes: list[int], room: int) -> list[int]:
         return [room]
     short = min(sizes)
     if 2 * short <= room:
-        return [size if size == short and number == sizes.index(short) else room - short for number, size in enumerate(sizes)]
+        return [
+            size if size == short and number == sizes.index(short) else room - short
+            for number, size in enumerate(sizes)
+        ]
     return [room - room // 2, room // 2]
 
 

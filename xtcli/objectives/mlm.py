@@ -59,6 +59,11 @@ class MaskedLM(Objective):
         )
         multiple: int = field("padded rows: width is the longest of a batch, rounded up to this many", 64, gt=0)
 
+        @property
+        def supervised(self) -> float:
+            """Share of the places that have a target."""
+            return self.probability
+
         @model_validator(mode="after")
         def _agree(self) -> Self:
             if self.mask + self.random > 1:

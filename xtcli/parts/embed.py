@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx
+from xtcli.parts.linear import Table
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
@@ -55,7 +56,7 @@ class LearnedPlaces(nn.Module):
             raise Impossible("", "learned positions need model.context, the number of places")
         self.offset = config.offset
         self.limit = scope.context
-        self.table = nn.Embedding(scope.context + config.offset, scope.dim)
+        self.table = Table(scope.context + config.offset, scope.dim)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         return x + self.table(places + self.offset)  # type: ignore[no-any-return]
@@ -112,10 +113,10 @@ class Tokens(nn.Module):
 
     def __init__(self, config: Config, scope: Scope, shares: bool = False) -> None:
         super().__init__()
-        self.tokens = None if shares else nn.Embedding(scope.vocab, scope.dim)
+        self.tokens = None if shares else Table(scope.vocab, scope.dim)
         self.scale = math.sqrt(scope.dim) if config.scale == "sqrt-dim" else float(config.scale)
         self.positions = scope.make("positions", config.positions)
-        self.segments = nn.Embedding(config.segments, scope.dim) if isinstance(config.segments, int) else None
+        self.segments = Table(config.segments, scope.dim) if isinstance(config.segments, int) else None
         self.segments_read_tokens = config.segments == "tokens"
         self.norm = make_norm(scope, "norm", config.norm)
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)

@@ -1,4 +1,4 @@
-"""Linear layers that say what they are for, so that initialisation can tell them apart.
+"""Linear layers that say what they are for, so that initialisation can tell them apart, and tables.
 
 Roles: `input` (most), `query` (scores are made from it), `output` (writes to the residual stream),
 `head` (makes logits or labels).
@@ -25,3 +25,10 @@ class Linear(nn.Linear):
 def widen(x: Tensor) -> Tensor:
     """x in at least float32, for sums that 16 bits cannot hold."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Table(nn.Embedding):
+    """`nn.Embedding` without a first draw, which initialisation replaces: on the meta device it takes a second."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see init.py."""

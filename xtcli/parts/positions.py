@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.parts.context import Ctx
+from xtcli.parts.linear import Table
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.shared import slot_distance
 from xtcli.registry import Config, Slot, field, part
@@ -88,7 +89,7 @@ class BucketBias(nn.Module):
         exact = config.buckets // (4 if self.both_sides else 2)
         if exact < 1 or config.furthest <= exact:
             raise Impossible("furthest", f"must exceed the {exact} exact distances of {config.buckets} buckets")
-        self.table = nn.Embedding(config.buckets, heads)
+        self.table = Table(config.buckets, heads)
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
@@ -144,7 +145,7 @@ class Relative(nn.Module):
         super().__init__()
         self.distance, self.key_term = config.distance, config.key_term
         self.factor = head_dim**-0.5 if config.scaled else 1.0
-        self.table = nn.Embedding(2 * config.distance + 1, head_dim)
+        self.table = Table(2 * config.distance + 1, head_dim)
 
     def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d) -> (B, H, T, S), already scaled."""

@@ -15,6 +15,7 @@ from xtcli.parts.context import ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import EmbedSlot, Graph, Tower
 from xtcli.parts.heads import Hidden
+from xtcli.parts.linear import Table
 from xtcli.parts.outputs import IGNORE, Output
 from xtcli.parts.scope import Scope
 from xtcli.parts.stack import StackConfig
@@ -44,7 +45,7 @@ class EncoderDecoder(Graph):
     def __init__(self, config: Config, scope: Scope | None = None) -> None:
         super().__init__()
         scope = self.begin(config, scope)
-        self.tokens = nn.Embedding(config.vocab, config.dim) if config.share_tokens else None
+        self.tokens = Table(config.vocab, config.dim) if config.share_tokens else None
         shares = config.share_tokens
         self.encoder = Tower(config.encoder.embed, config.encoder.stack, scope.at("encoder", causal=False), shares)
         inner = scope.at("decoder", causal=True, memory=config.dim)

@@ -24,17 +24,27 @@ from xtcli.train.fused import Kernels
 from xtcli.train.optim import ADAMW_COPIES
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+COPIES = 8
+"""Bytes of the float32 copies that a loss makes of each output: its own and the gradient's."""
+
 WORKSPACE = 0.05
 """Share of memory that kernels, fragments and the allocator take beside what is counted."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One forward pass over `rows` sequences."""
+    """One forward pass."""
 
     flops: int
     activations: int  # bytes kept for the backward pass
-    logits: int  # bytes of the largest output and its float32 copies
+    logits: int  # bytes of the heads' outputs and their float32 copies
+
+    def narrowed(self, before: torch.dtype, after: torch.dtype) -> Cost:
+        """The cost with matrix products of another type."""
+        outputs = self.logits // (before.itemsize + COPIES)
+        return Cost(
+            self.flops, self.activations * after.itemsize // before.itemsize, outputs * (after.itemsize + COPIES)
+        )
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
             made = head.outputs(hidden)
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)
-        size = sum(tensor.numel() for tensor in made.values()) * share
-        logits += int(size * (dtype.itemsize + 8))
+        logits += int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
     return Cost(flops, activations, logits)
 
 
@@ -109,10 +118,13 @@ def make_plan(
     checkpointing: bool,
     free: int,
     device: str = "cuda",
+    cost: Cost | None = None,
 ) -> Plan:
-    """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes."""
-    row = batch.split(1)[0]
-    cost = measure(skeleton, row, dtype, device)
+    """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes.
+
+    `cost` is that of the first row, where it has been measured before.
+    """
+    cost = cost or measure(skeleton, batch.split(1)[0], dtype, device)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
     kept = _checkpointed(skeleton, cost) if checkpointing else cost.activations
