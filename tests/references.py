@@ -17,7 +17,7 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", module="transformers")
 
-import transformers
+import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -98,7 +98,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 # T5 does not scale its scores: its queries are small instead.
                 scale = 0.4 if name.endswith(".q.weight") else 1.2
-                parameter.copy_(noise * (0.7 if "emb" in name or "wte" in name else scale * parameter.shape[-1] ** -0.5))
+                parameter.copy_(
+                    noise * (0.7 if "emb" in name or "wte" in name else scale * parameter.shape[-1] ** -0.5)
+                )
     return model.eval()
 
 
@@ -151,7 +153,10 @@ def feeds(case: Case, model: Any) -> dict[str, dict[str, Tensor]]:
         if "summary_type" in case.options:
             # It would read places that see nothing.
             del found["padded left"]
-        found["picked"] = {"input_ids": ids(6, 9).reshape(2, 3, 9), "mc_token_ids": torch.tensor([[1, 8, 4], [0, 2, 7]])}
+        found["picked"] = {
+            "input_ids": ids(6, 9).reshape(2, 3, 9),
+            "mc_token_ids": torch.tensor([[1, 8, 4], [0, 2, 7]]),
+        }
         found["one text"] = {"input_ids": ids(2, 9), "mc_token_ids": torch.tensor([5, 3])}
     if case.name == "BertModel" and model.config.is_decoder:
         # The pooler would read a place that sees nothing.

@@ -52,9 +52,11 @@ def test_help_and_listings_never_import_torch(words: tuple[str, ...]) -> None:
 
 
 COMPLETIONS = [
-    ("xt ", ["train", "generate", "build", "inspect"]),
+    ("xt ", list(cli.COMMANDS)),
     ("xt inspect gpt2-n", ["gpt2-nano"]),
     ("xt build gpt2-small --size ", ["small", "medium", "large", "xl"]),
+    ("xt train gpt2-n", ["gpt2-nano"]),
+    ("xt train gpt2-small train.log", ["train.log_every="]),
     ("xt inspect --size me", []),
     ("xt inspect gpt2-small train.sch", ["train.schedule="]),
     ("xt inspect gpt2-small train.schedule=c", ["train.schedule=cosine", "train.schedule=constant"]),

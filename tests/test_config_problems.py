@@ -52,7 +52,7 @@ EDITS = [
     ("lr: 3e-4", "compile: no", "p.yaml:23:31: train.compile: should be 'auto' or true or false, not the text 'no'; did you mean false?"),
     ("lr: 3e-4", "schedule: cosin", "p.yaml:23:32: train.schedule: should be 'cosine', 'linear', 'wsd', 'inverse-sqrt' or 'constant', not the text 'cosin'; did you mean 'cosine'?"),
     ("lr: 3e-4", "sample_prompts: def", "p.yaml:23:38: train.sample_prompts: should be a list, not the text 'def'; write [def]"),
-    ("lr: 3e-4", "zzz: 1", "p.yaml:23:22: train.zzz: unknown key; known: steps, batch, micro_batch, context, lr, min_lr, schedule, warmup, decay, weight_decay, betas, eps and 19 more"),
+    ("year: 2019", "zzz: 2019", "p.yaml:2:22: about.zzz: unknown key; known: title, paper, year, url, new"),
     ("year: 2019", "year: '2019'", "p.yaml:2:28: about.year: should be a whole number, not the text '2019'; remove the quotes"),
     ("title: Base", "title: 7", "p.yaml:2:16: about.title: should be text, not 7; quote it: '7'"),
     ("title: Base", "title: ''", "p.yaml:2:16: about.title: is an empty text; give it a value"),

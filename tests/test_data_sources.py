@@ -93,22 +93,22 @@ def test_cuts_change_no_token(value: str) -> None:
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tally = Tally()
     words = [word for piece, _ in pieces(value, tally) for word, _ in split.pre_tokenize_str(piece)]
-    if not tally["words cut"]:
+    if not tally["cut word"]:
         assert words == [word for word, _ in split.pre_tokenize_str(value)]
 
 
 ODD = {
-    "byte order mark": (b"\xef\xbb\xbfabc\n", {"byte order marks": 1}),
-    "CRLF": (b"a\r\nb\r\n", {"CRLF line ends": 2}),
-    "NUL": (b"a plain line with one\0in it, and more text", {"NULs": 1}),
-    "surrogate": (b"a long enough line \xed\xa0\x80 of text", {"invalid bytes": 3}),
-    "invalid UTF-8": (b"caf\xe9 in a line of Latin-1", {"invalid bytes": 1}),
-    "cut character": ("a line that ends in half a \u20ac".encode()[:-1], {"invalid bytes": 2}),
-    "blank lines": (b"\n\na\n \n\nb\n\n", {"blank lines": 5}),
-    "one long line": (b"x" * 10_000_000, {"words cut": 9}),
+    "byte order mark": (b"\xef\xbb\xbfabc\n", {"byte order mark": 1}),
+    "CRLF": (b"a\r\nb\r\n", {"CRLF line end": 2}),
+    "NUL": (b"a plain line with one\0in it, and more text", {"NUL": 1}),
+    "surrogate": (b"a long enough line \xed\xa0\x80 of text", {"invalid byte": 3}),
+    "invalid UTF-8": (b"caf\xe9 in a line of Latin-1", {"invalid byte": 1}),
+    "cut character": ("a line that ends in half a \u20ac".encode()[:-1], {"invalid byte": 2}),
+    "blank line": (b"\n\na\n \n\nb\n\n", {"blank line": 5}),
+    "one long line": (b"x" * 10_000_000, {"cut word": 9}),
     "long lines": (b"word " * 700_000, {}),
     "no end of line": (b"a", {}),
-    "white space": (b" \n\t", {"blank lines": 1}),
+    "white space": (b" \n\t", {"blank line": 1}),
 }
 
 
@@ -154,7 +154,7 @@ def test_rows(tmp_path: Path, name: str) -> None:
     path = rows_of(tmp_path / name, ROWS)
     tally = Tally()
     assert read(opened(path), tally) == [(row["text"].encode(),) for row in ROWS if row["text"]]
-    assert tally["empty rows"] == 1 and tally["NULs"] == 1 and tally["CRLF line ends"] == 1
+    assert tally["empty row"] == 1 and tally["NUL"] == 1 and tally["CRLF line end"] == 1
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -184,7 +184,7 @@ def test_surrogates_in_json(tmp_path: Path) -> None:
         (b"a\xed\xb2\x80b" + "\U0001f600".encode() + b"\xed\xa0\x80",),
         (b"caf\xe9",),
     ]
-    assert tally["lone surrogates"] == 2
+    assert tally["lone surrogate"] == 2
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -193,7 +193,7 @@ def test_mark_in_front_of_rows_is_dropped(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\n\n"))
     tally = Tally()
     assert read(opened(path), tally) == [(b"a",), (b"b",)]
-    assert tally["byte order marks"] == 1 and tally["blank lines"] == (2 if name == "a.jsonl" else tally["blank lines"])
+    assert tally["byte order mark"] == 1 and tally["blank line"] == (2 if name == "a.jsonl" else tally["blank line"])
 
 
 def folder(root: Path, **contents: bytes) -> Path:
@@ -214,8 +214,8 @@ def test_folder(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert read(source) == [(b"A",), (b"Z",), (b"B",), (b"row",)]
     assert source.describe() == (
-        f"{tmp_path}: 4 files, 18 bytes (left out: 2 binary files, 1 empty files, 1 hidden files, 1 hidden folders, "
-        "1 in UTF-16)"
+        f"{tmp_path}: 4 files, 18 bytes (left out: 1 UTF-16 file, 2 binary files, 1 empty file, 1 hidden file, "
+        "1 hidden folder)"
     )
 
 
@@ -438,4 +438,4 @@ def test_hub_mistakes(calls: list[Any], options: dict[str, Any], message: str) -
 def test_hub_rows_without_text_are_counted(calls: list[Any]) -> None:
     tally: Counter[str] = Tally()
     assert read(open_source(DataConfig(source="owner/name", column="none")), tally) == []
-    assert tally["empty rows"] == 4
+    assert tally["empty row"] == 4

@@ -344,7 +344,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, content: bytes | None, mess
 
 
 def test_folder_without_tokenizer_and_unknown_role(made: dict[str, Tokenizer], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no tokenizer.json; give a"):
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json; give a"):
         Tokenizer.load(tmp_path)
     made["bytes"].save(tmp_path)
     with pytest.raises(UserError, match="no token '<x>' for the role mask"):

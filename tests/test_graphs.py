@@ -67,6 +67,7 @@ LABELS = {
     "token": {"labels": ids() % 2},
     "span": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 99])},
     "choice": {"labels": torch.tensor([1])},
+    "summary": {"mc_labels": torch.tensor([1])},
 }
 """Head -> labels as a caller gives them; every head has an entry, and so a test."""
 
@@ -74,13 +75,13 @@ LABELS = {
 @pytest.mark.parametrize("kind", sorted(kinds("head")))
 def test_head_gives_outputs_and_a_loss_that_reaches_it(kind: str) -> None:
     model = make("encoder", encoder(heads={kind: example(kinds("head")[kind].Config)}))
-    given = ids()[None] if kind == "choice" else ids()
+    given = ids()[None] if kind in ("choice", "summary") else ids()
     out = model(input_ids=given, **LABELS[kind])
     loss = out.loss if out.loss is not None else out.mc_loss
     assert torch.isfinite(loss) and loss > 0
     loss.backward()
     # One bias for all choices moves every score alike, which the softmax over choices cannot see.
-    seen = [p for name, p in model.heads.named_parameters() if name != "choice.classifier.bias"]
+    seen = [p for name, p in model.heads.named_parameters() if name not in ("choice.classifier.bias", "summary.dense.bias")]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in seen)
     bare = model(input_ids=given)
     assert bare.loss is None and "loss" not in bare

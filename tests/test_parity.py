@@ -72,7 +72,11 @@ CASES = [
     scaled("linear, older key", type="linear", factor=2),
     scaled("dynamic", rope_type="dynamic", factor=2.5),
     scaled(
-        "llama3", rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        "llama3",
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
         original_max_position_embeddings=16,
     ),
     scaled("yarn", **YARN),
@@ -109,7 +113,9 @@ CASES = [
         Case("T5ForConditionalGeneration", {"feed_forward_proj": name}, lengths=(17,))
         for name in ("gated-silu", "gated-relu", "gelu", "gelu_new", "silu")
     ),
-    Case("T5ForConditionalGeneration", {"num_decoder_layers": 3, "num_layers": 1, "d_kv": 5, "layer_norm_epsilon": 0.01}),
+    Case(
+        "T5ForConditionalGeneration", {"num_decoder_layers": 3, "num_layers": 1, "d_kv": 5, "layer_norm_epsilon": 0.01}
+    ),
     Case(
         "T5ForConditionalGeneration",
         {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},

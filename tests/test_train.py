@@ -240,6 +240,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(text: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+MARKED = "tokenizer={kind: bytes, special: {pad: <pad>, cls: <cls>, sep: <sep>, mask: <mask>}}"
 BAD = {
     "no such preset": (["gpt2-nanno"], "gpt2-nano"),
     "misspelt override": (["gpt2-nano", "train.stepps=3"], "did you mean 'train.steps'?"),
@@ -252,7 +253,7 @@ BAD = {
     "not a run": (["hollow"], "hollow"),
     "wrong device": (["gpt2-nano", "train.device=cuda"], "cuda"),
     "small vocabulary": (["gpt2-nano", "model.vocab=100", *QUICK, "data=good.txt"], "model.vocab"),
-    "head missing": (["gpt2-nano", "objective={kind: mlm}", "data=good.txt"], "mlm"),
+    "head missing": (["gpt2-nano", "objective={kind: mlm}", MARKED, "train.context=32", "data=good.txt"], "the head 'mlm'"),
 }
 
 

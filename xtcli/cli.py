@@ -30,6 +30,7 @@ COMMANDS = {
     "train": Entry("xtcli.commands.train", "Train a preset, or go on with a run."),
     "generate": Entry("xtcli.commands.generate", "Continue, fill or map a text with a trained model."),
     "build": Entry("xtcli.commands.build", "Write a preset's model with fresh weights."),
+    "convert": Entry("xtcli.commands.convert", "Bring a transformers checkpoint in, or give one back."),
     "inspect": Entry("xtcli.commands.inspect", "List presets; show what one is and where each value comes from."),
 }
 

@@ -69,23 +69,43 @@ def _placed(problem: Problem, resolved: Resolved) -> Problem:
     return replace(problem, place=resolved.place(problem.path))
 
 
-def load(path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+def load(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    merge: bool = True,
+) -> Model:
     """The model of a checkpoint folder, or of the newest whole checkpoint of a run, with its weights.
 
-    Weights keep the type they were stored in unless `dtype` is given. Raises UserError for a folder that is
-    no checkpoint, is damaged, or does not fit its own preset.
+    Weights keep the type they were stored in unless `dtype` is given. Low-rank adapters are added to them, unless
+    `merge` is false: then they stand beside the weights, as in training. Raises UserError for a folder that is no
+    checkpoint, is damaged, or does not fit its own preset.
     """
-    return load_folder(find_checkpoint(path), device, dtype)
+    return load_folder(find_checkpoint(path), device, dtype, merge=merge)
 
 
-def load_folder(folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+def load_folder(
+    folder: Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    merge: bool = True,
+) -> Model:
     """`load` for a checkpoint folder that `find_checkpoint` gave, and so has verified."""
+    from xtcli.train.lora import adapt, plain
+
     resolved = load_preset(folder / "preset.yaml")
     model = skeleton(resolved)
+    lora = resolved.preset.train.lora
+    if lora is not None and not merge:
+        adapt(model, lora)
     target = torch.device(device) if device is not None else torch.get_default_device()
     if target.type == "meta":
         return model.to(dtype or torch.float32)
     state = load_weights(folder, target)
+    if merge:
+        state = plain(state, lora)
     _check(state, model, folder)
     owned = {name: (tensor.clone() if target.type == "cpu" else tensor) for name, tensor in state.items()}
     model.load_state_dict(owned, strict=True, assign=True)

@@ -131,8 +131,8 @@ class _Generation:
     def __init__(self, ctx: typer.Context, ckpt: str, tokenizer: Path | None, device: str, dtype: str | None) -> None:
         import torch
 
-        from xtcli.generate.engine import task_of
         from xtcli import model
+        from xtcli.generate.engine import task_of
 
         self.ctx = ctx
         place = _device(device)

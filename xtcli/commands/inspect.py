@@ -1,35 +1,82 @@
-"""`xt inspect`: the list of presets, or one preset: its tree, its size, and where each value comes from."""
+"""`xt inspect`: the presets, one of them (or a run, or a checkpoint) in figures and pictures, or two side by side."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xtcli.commands.options import Json, Overrides, Size, Tiny, again, next_command
+from xtcli.commands.options import Json, Size, Tiny, again, next_command
 from xtcli.config import library
-from xtcli.config.complete import complete_preset
+from xtcli.config.complete import complete_inspected, complete_override_or_preset
 from xtcli.errors import refuse
+from xtcli.inspect.targets import Target, applicable, exactly, one_view, targets
 
 if TYPE_CHECKING:
     from xtcli.config.preset import Resolved
+
+MODEL = ("--size", "--tiny")
+TAKES = {
+    "": ("--batch", "--length", *MODEL),
+    "--tree": MODEL,
+    "--masks": ("--length", "--png", *MODEL),
+    "--tensors": (),
+    "--curves": ("--png",),
+    "--parts": (),
+    "--resolved": MODEL,
+    "--explain": MODEL,
+    "--copy": MODEL,
+    "--schema": (),
+}
+"""The options that each answer depends on."""
+
+MASK_LENGTH = 4096
+"""Tokens of a mask's picture at most, unless the user says more."""
 
 
 def command(
     preset: Annotated[
         str | None,
         typer.Argument(
+            metavar="[TARGET]",
             help="Preset: a name, a file, or a run or checkpoint folder. None lists the presets.",
-            autocompletion=complete_preset,
+            autocompletion=complete_inspected,
             show_default=False,
         ),
     ] = None,
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OTHER|KEY=VALUE]...",
+            help="A second target to compare with; settings over the target that they follow.",
+            autocompletion=complete_override_or_preset,
+            show_default=False,
+        ),
+    ] = None,
     size: Size = None,
     tiny: Tiny = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Texts at once, for the costs (1).", show_default=False)
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a text, for costs and masks (the context).", show_default=False),
+    ] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Print the modules with shapes and counts.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Draw attention masks, position biases, rotations.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print statistics of a checkpoint's tensors.")] = False,
+    curves: Annotated[bool, typer.Option("--curves", help="Draw the losses of one or several runs.")] = False,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw --masks or --curves as a PNG, too.", show_default=False)
+    ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="List slots and kinds; with SLOT or SLOT.KIND as TARGET, their fields.")
+    ] = False,
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print the whole YAML, each value with its origin.")
     ] = False,
@@ -41,37 +88,183 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the presets, or show what one is: its tree, its parameters, where each value comes from."""
-    if schema:
+    """List the presets; show what a preset, run or checkpoint is and costs; or compare two."""
+    asked = {
+        "--tree": tree,
+        "--masks": masks,
+        "--tensors": tensors,
+        "--curves": curves,
+        "--parts": parts,
+        "--resolved": resolved,
+        "--explain": explain,
+        "--schema": schema,
+        "--copy": copy is not None,
+    }
+    view = one_view([name for name, wanted in asked.items() if wanted]) or ("--masks" if png else "")
+    given = {"--batch": batch, "--length": length, "--png": png, "--size": size, "--tiny": tiny or None}
+    applicable(view, [name for name, value in given.items() if value is not None], TAKES[view])
+    if view == "--schema":
         from xtcli.config.schema import preset_schema_text
 
         sys.stdout.write(preset_schema_text())
         return
+    if view == "--parts":
+        _parts([*([preset] if preset else []), *(words or ())], as_json)
+        return
     if preset is None:
+        if view:
+            raise refuse(f"{view} is about a preset, a run or a checkpoint", f"write xt inspect PRESET {view}")
         _list(as_json)
         return
-    if "=" in preset and not Path(preset).exists():
-        raise refuse(f"'{preset}' is an override, and no preset was named", "write xt inspect PRESET " + preset)
+    found = targets([preset, *(words or ())])
+    if view == "--tensors":
+        _tensors(found, as_json)
+    elif view == "--curves":
+        _curves(found, png, as_json)
+    elif len(found) > 1 and not view:
+        _compare(found, size, tiny, batch or 1, length, as_json)
+    else:
+        exactly(found, 1, view)
+        _one(found[0], view, size, tiny, batch or 1, length, png, copy, as_json)
 
+
+def _one(
+    target: Target,
+    view: str,
+    size: str | None,
+    tiny: bool,
+    batch: int,
+    length: int | None,
+    png: Path | None,
+    copy: Path | None,
+    as_json: bool,
+) -> None:
+    """The answers about one preset."""
     from xtcli.config.preset import load_preset
     from xtcli.config.show import explained, resolved_yaml
 
-    found = load_preset(preset, overrides or (), size=size, tiny=tiny)
-    same = again(preset, overrides, size, tiny)
+    found = load_preset(target.ref, target.overrides, size=size, tiny=tiny)
+    same = again(target.ref, list(target.overrides), size, tiny)
     if copy is not None:
-        _copy(found, copy, changed=bool(overrides) or size is not None or tiny)
+        _copy(found, copy, changed=bool(target.overrides) or size is not None or tiny)
+    elif view == "--tree":
+        _tree(found, same, as_json)
+    elif view == "--masks":
+        _masks(found, target.ref, same, length, png, as_json)
     elif as_json:
-        print(json.dumps(_facts(found), indent=1))
-    elif resolved:
+        print(json.dumps(_facts(found, target.ref, batch, length), indent=1))
+    elif view == "--resolved":
         sys.stdout.write(resolved_yaml(found))
         next_command(f"xt inspect {same} --explain")
-    elif explain:
+    elif view == "--explain":
         sys.stdout.write(explained(found))
         next_command(f"xt train {same} --dry-run")
     else:
-        _show(found)
+        _show(found, target.ref, batch, length)
         recorded = found.file.name == library.RECORDED
-        next_command(f"xt generate --ckpt {preset} --prompt TEXT" if recorded else f"xt train {same} --dry-run")
+        next_command(f"xt generate --ckpt {target.ref} --prompt TEXT" if recorded else f"xt train {same} --dry-run")
+
+
+def _tree(found: Resolved, same: str, as_json: bool) -> None:
+    from xtcli.inspect import modules
+    from xtcli.model import skeleton
+
+    root = modules.tree(skeleton(found))
+    print(json.dumps(root.facts(), indent=1) if as_json else "\n".join(modules.lines(root)))
+    next_command(f"xt inspect {same} --masks")
+
+
+def _masks(found: Resolved, ref: str, same: str, length: int | None, png: Path | None, as_json: bool) -> None:
+    from xtcli.inspect import figure, picture, sight, tensors, units
+    from xtcli.inspect.cost import check_length, usual_length
+    from xtcli.inspect.record import has_weights
+    from xtcli.model import skeleton
+
+    if png is not None:
+        figure.check(png)
+    model = skeleton(found)
+    check_length(model, length)
+    span = length or min(usual_length(found, model), MASK_LENGTH)
+    weights = tensors.Reader(Path(ref)).tensor if has_weights(Path(ref)) else None
+    views = sight.look(model, span, picture.cells(*units.terminal()), weights)
+    if as_json:
+        print(json.dumps(picture.facts(views), indent=1))
+    else:
+        print("\n".join(picture.lines(views, picture.can_draw(sys.stdout.encoding))))
+    if png is not None:
+        fine = sight.look(model, span, figure.CELLS, weights)
+        figure.save(figure.draw_views(fine, found.name), png)
+        print(f"wrote {png}", file=sys.stderr)
+    next_command(f"xt inspect {same} --tree" if png else f"xt inspect {same} --png masks.png")
+
+
+def _tensors(found: Sequence[Target], as_json: bool) -> None:
+    from xtcli.inspect import tensors
+
+    exactly(found, 1, "--tensors")
+    _no_overrides(found, "--tensors")
+    rows = tensors.statistics(Path(found[0].ref))
+    print(json.dumps(tensors.facts(rows), indent=1) if as_json else "\n".join(tensors.lines(rows)))
+    next_command(f"xt inspect {shlex.quote(found[0].ref)}")
+
+
+def _curves(found: Sequence[Target], png: Path | None, as_json: bool) -> None:
+    from xtcli.inspect import curves, figure, picture, units
+
+    _no_overrides(found, "--curves")
+    if png is not None:
+        figure.check(png)
+    runs = curves.read([Path(target.ref) for target in found])
+    if as_json:
+        print(json.dumps(curves.facts(runs), indent=1))
+    else:
+        print("\n".join(curves.lines(runs, *units.terminal(), picture.can_draw(sys.stdout.encoding))))
+    if png is not None:
+        figure.save(figure.draw_curves(runs), png)
+        print(f"wrote {png}", file=sys.stderr)
+    names = shlex.join(target.ref for target in found)
+    next_command(f"xt inspect {names}" if png or len(found) > 2 else f"xt inspect {names} --curves --png curves.png")
+
+
+def _compare(
+    found: Sequence[Target], size: str | None, tiny: bool, batch: int, length: int | None, as_json: bool
+) -> None:
+    from xtcli.config.preset import load_preset
+    from xtcli.inspect import compare
+
+    exactly(found, 2, "a comparison")
+    a, b = (load_preset(target.ref, target.overrides, size=size, tiny=tiny) for target in found)
+    changes, sides = compare.differences(a, b), compare.sides(a, b, batch=batch, length=length)
+    if as_json:
+        print(json.dumps(compare.facts(changes, sides), indent=1))
+    else:
+        print("\n".join([*(map(str, changes) if changes else ["the presets do not differ"]), ""]))
+        print("\n".join(compare.side_lines(*sides)))
+    next_command(f"xt inspect {again(found[1].ref, list(found[1].overrides), size, tiny)} --tree")
+
+
+def _parts(words: Sequence[str], as_json: bool) -> None:
+    from xtcli.inspect import catalogue, units
+
+    if len(words) > 1:
+        raise refuse(f"--parts takes one SLOT or SLOT.KIND, not {len(words)}", "ask for one at a time")
+    path = words[0] if words else ""
+    found = catalogue.catalogue(path)
+    width, _ = units.terminal()
+    print(
+        json.dumps(catalogue.facts(found), indent=1)
+        if as_json
+        else "\n".join(catalogue.lines(found, width, bool(path)))
+    )
+    next_command("xt inspect --parts mixer.attention" if not path else "xt inspect --parts")
+
+
+def _no_overrides(found: Sequence[Target], view: str) -> None:
+    for target in found:
+        if target.overrides:
+            raise refuse(
+                f"{view} reads what was written, and '{target.overrides[0]}' changes nothing there", "leave it out"
+            )
 
 
 def _list(as_json: bool) -> None:
@@ -105,9 +298,12 @@ def _parameters(found: Resolved) -> int:
     return count(build(found, device="meta"))
 
 
-def _facts(found: Resolved) -> dict[str, Any]:
+def _facts(found: Resolved, ref: str, batch: int, length: int | None) -> dict[str, Any]:
     """What --json prints."""
     from xtcli.config.show import values
+    from xtcli.inspect import modules, record
+    from xtcli.inspect.cost import measure_costs
+    from xtcli.model import skeleton
 
     return {
         "name": found.name,
@@ -115,13 +311,18 @@ def _facts(found: Resolved) -> dict[str, Any]:
         "size": found.size,
         "sizes": list(found.sizes),
         "parameters": _parameters(found),
+        "components": modules.components(skeleton(found)),
+        "costs": measure_costs(found, batch=batch, length=length).facts(),
+        **record.facts(Path(ref)),
         "preset": found.to_tree(),
         "origins": {item.path: str(item.origin) for item in values(found)},
     }
 
 
-def _show(found: Resolved) -> None:
+def _show(found: Resolved, ref: str, batch: int, length: int | None) -> None:
     from xtcli.config.show import outline
+    from xtcli.inspect import cost, modules, record
+    from xtcli.model import skeleton
 
     count, published = _parameters(found), found.preset.expect.parameters
     about = found.preset.about
@@ -140,6 +341,15 @@ def _show(found: Resolved) -> None:
         "" if published is None else ", as published" if published == count else f", but {published:,} were published"
     )
     print(f"{count:,} parameters{note}")
+    costs = cost.measure_costs(found, batch=batch, length=length)
+    sections = (
+        modules.share_lines(modules.components(skeleton(found))),
+        cost.lines(costs),
+        record.lines(record.facts(Path(ref))),
+    )
+    for section in sections:
+        if section:
+            print("\n".join(["", *section]))
 
 
 def _copy(found: Resolved, target: Path, changed: bool) -> None:

@@ -19,7 +19,7 @@ PresetRef = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Settings over the preset: a.b=value, with the paths of the YAML.",
         autocompletion=complete_override,
         show_default=False,

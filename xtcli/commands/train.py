@@ -9,19 +9,34 @@ from typing import Annotated, Any
 
 import typer
 
+from xtcli.commands.options import Overrides, Size, Tiny
+from xtcli.config.complete import complete_preset
+
 
 def command(
-    target: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset (file or name), or a run to resume.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Changes to the preset, by dotted path.")
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET|RUN",
+            help="A preset (file or name), or a run to resume.",
+            autocompletion=complete_preset,
+        ),
+    ],
+    overrides: Overrides = None,
+    size: Size = None,
+    tiny: Tiny = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint or run whose weights and tokenizer to start from; short for train.init=...",
+            show_default=False,
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="One of the preset's sizes.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="The same structure at a laptop's size.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<preset>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every line of metrics on stdout as JSON.")] = False,
 ) -> None:
-    """Train PRESET from fresh weights, or resume RUN from its newest checkpoint.
+    """Train PRESET from fresh weights or those of a checkpoint, or resume RUN from its newest checkpoint.
 
     Ctrl-C and SIGTERM save a checkpoint and print the command that resumes. The run's folder is printed last.
     """
@@ -31,8 +46,10 @@ def command(
 
     changes = list(overrides or [])
     resuming = is_run(Path(target))
-    if resuming and (size or tiny or out):
-        raise refuse("--size, --tiny and --out belong to a new run", "leave them out to resume", place=target)
+    if resuming and (size or tiny or out or init):
+        raise refuse("--size, --tiny, --init and --out belong to a new run", "leave them out to resume", place=target)
+    if init is not None:
+        changes.append(f"train.init={json.dumps(str(init))}")
 
     def record(line: dict[str, Any]) -> None:
         if as_json:

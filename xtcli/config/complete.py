@@ -27,6 +27,20 @@ def complete_preset(incomplete: str) -> list[Choice]:
     return [(entry.name, entry.title) for entry in library.list_presets() if entry.name.startswith(incomplete)]
 
 
+def complete_inspected(ctx: Any, incomplete: str) -> list[Choice]:
+    """Presets, or after --parts slots and their kinds."""
+    if not (getattr(ctx, "params", None) or {}).get("parts"):
+        return complete_preset(incomplete)
+    names = [name for name in _schema().get("$defs", {}) if "." in name and not name.startswith(("slot.", "kinds."))]
+    slots = {name.partition(".")[0]: "" for name in names}
+    return [(name, "") for name in [*slots, *names] if name.startswith(incomplete)]
+
+
+def complete_override_or_preset(ctx: Any, incomplete: str) -> list[Choice]:
+    """A setting of the preset named first, or another preset to compare with."""
+    return [*complete_override(ctx, incomplete), *([] if "=" in incomplete else complete_preset(incomplete))]
+
+
 def complete_size(ctx: Any, incomplete: str) -> list[str]:
     """Sizes of the preset that the command line names."""
     file = _preset(ctx)

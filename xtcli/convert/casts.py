@@ -51,7 +51,9 @@ class Cast:
             return tensor
         cast = tensor.to(after)
         if bool((cast.isinf() & ~tensor.isinf()).any()):
-            raise refuse(f"'{name}' holds values beyond the range of {label(after)}", "choose a wider type", path="--dtype")
+            raise refuse(
+                f"'{name}' holds values beyond the range of {label(after)}", "choose a wider type", path="--dtype"
+            )
         finite = tensor.isfinite()
         error = float((tensor - cast).to(torch.float32)[finite].abs().max()) if bool(finite.any()) else 0.0
         if self.rounding is None or error > self.rounding["error"]:

@@ -61,7 +61,9 @@ def _ties(plan: Plan, claims: Claims, source: Source, place: str) -> list[Proble
         here, there = claims.source[alias], claims.source[plan.ties[alias]]
         if here != there and not same_bits(source.read(here), source.read(there)):
             cause = f"'{here}' and '{there}' are tied, yet two different tensors"
-            problems.append(Problem(cause, place, remedy="set tie_word_embeddings in config.json if they should differ"))
+            problems.append(
+                Problem(cause, place, remedy="set tie_word_embeddings in config.json if they should differ")
+            )
     return problems
 
 

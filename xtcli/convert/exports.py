@@ -79,7 +79,9 @@ def export_checkpoint(
     return report
 
 
-def find_form(config: Any, family: str, before: Mapping[str, Any], place: str) -> tuple[tuple[Family, Form], dict[str, Any]]:
+def find_form(
+    config: Any, family: str, before: Mapping[str, Any], place: str
+) -> tuple[tuple[Family, Form], dict[str, Any]]:
     """The family and form that express a config tree, and the config.json that does; raises UserError if none can."""
     families = [by_name()[family]] if family in by_name() else list(FAMILIES)
     if family != "auto" and family not in by_name():
@@ -93,7 +95,9 @@ def find_form(config: Any, family: str, before: Mapping[str, Any], place: str) -
             if set(form.heads) != set(config.heads):
                 continue
             try:
-                return (candidate, form), express(candidate, form, config, before if origin in candidate.types else {}, place)
+                return (candidate, form), express(
+                    candidate, form, config, before if origin in candidate.types else {}, place
+                )
             except Unexpressed as reason:
                 reasons.append(Problem(f"{form.name} cannot express this model: {reason}", place))
     if not reasons:
@@ -131,14 +135,20 @@ def _check(source: Source, kept: Source | None, plan: Plan, like: Mapping[str, T
     for name in sorted({*like} - names):
         problems.append(Problem(f"tensor '{name}' is missing", str(folder)))
     for name in sorted(names - {*like}):
-        problems.append(Problem(f"tensor '{name}' has no place in the model", str(folder), remedy=did_you_mean(name, like)))
+        problems.append(
+            Problem(f"tensor '{name}' has no place in the model", str(folder), remedy=did_you_mean(name, like))
+        )
     for name in sorted(names & {*like}):
         shape = source.entries[source.ties.get(name, name)].shape
         if shape != tuple(like[name].shape):
-            problems.append(Problem(f"tensor '{name}' has shape {shape}, the preset wants {tuple(like[name].shape)}", str(folder)))
+            problems.append(
+                Problem(f"tensor '{name}' has shape {shape}, the preset wants {tuple(like[name].shape)}", str(folder))
+            )
     for name, entry in (kept.entries if kept else {}).items():
         if plan.kept([name]) != {name: entry.shape}:
-            problems.append(Problem(f"kept tensor '{name}' {entry.shape} has no place in {plan.form.name}", str(folder)))
+            problems.append(
+                Problem(f"kept tensor '{name}' {entry.shape} has no place in {plan.form.name}", str(folder))
+            )
     if problems:
         raise UserError(*problems[:20])
 
@@ -174,9 +184,7 @@ def describe(job: Export, target: str) -> Report:
 
 def write(job: Export, inside: Path, report: Report) -> None:
     """All files but the manifest."""
-    sizes = {
-        name: (job.dtype(move.ours), job.plan.shapes[name]) for move in job.plan.moves for name in move.theirs
-    }
+    sizes = {name: (job.dtype(move.ours), job.plan.shapes[name]) for move in job.plan.moves for name in move.theirs}
     usual = next(iter(sizes.values()))[0]
     kept = job.kept.entries if job.kept else {}
     sizes |= {name: (job.cast.type(entry.dtype), entry.shape) for name, entry in kept.items()}

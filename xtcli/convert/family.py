@@ -54,10 +54,10 @@ class Family:
     """A family. `trunk`, `drops` and `dead` hold names without the form's prefix.
 
     template: form -> the template of `model`. trunk, heads: name rules for a model's config. ties: (config,
-    prefix) -> whole names that stand for the tensor of another whole name. dead: tensors that a file must hold and no network
-    uses. aliases: endings of older names and what they are now. fixed: keys that must have this value where
-    they appear. neutral: keys that do not touch the network. mixed: endings of the names that may be float32
-    where all others are narrower.
+    prefix) -> whole names that stand for the tensor of another whole name. dead: tensors that a file must hold
+    and no network uses. aliases: endings of older names and what they are now. fixed: keys that must have one
+    of these values where they appear. neutral: keys that do not touch the network. mixed: endings of the names
+    that may be float32 where all others are narrower.
     """
 
     name: str

@@ -93,21 +93,23 @@ def open_source(folder: Path, stem: str = "model") -> Source | None:
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists() and index.exists():
-        raise refuse(f"holds both {single.name} and {index.name}", "remove the one that is not meant", place=str(folder))
+        raise refuse(
+            f"holds both {single.name} and {index.name}", "remove the one that is not meant", place=str(folder)
+        )
     if single.exists():
         entries, metadata = read_header(single)
         return Source(entries, _ties(metadata.get("ties"), single), (single,))
     if not index.exists():
         return None
     document = read_json(index)
-    listed, metadata = document.get("weight_map"), document.get("metadata") or {}
-    if not isinstance(listed, dict) or not isinstance(metadata, dict):
+    listed, about = document.get("weight_map"), document.get("metadata") or {}
+    if not isinstance(listed, dict) or not isinstance(about, dict):
         raise refuse("has no weight_map", place=str(index))
     found = _shards(folder, index, listed)
-    total, stated = sum(entry.nbytes for entry in found.values()), metadata.get("total_size")
+    total, stated = sum(entry.nbytes for entry in found.values()), about.get("total_size")
     if stated is not None and stated != total:
         raise refuse(f"says that the tensors have {stated} bytes, they have {total}", "copy it anew", place=str(index))
-    return Source(found, _ties(metadata.get("ties"), index), tuple(folder / name for name in sorted(set(listed.values()))))
+    return Source(found, _ties(about.get("ties"), index), tuple(folder / name for name in sorted(set(listed.values()))))
 
 
 def _shards(folder: Path, index: Path, listed: Mapping[str, Any]) -> dict[str, Entry]:
@@ -192,7 +194,11 @@ class Writer:
     """Files of known tensors, filled in any order; use it as a context."""
 
     def __init__(
-        self, folder: Path, sizes: Mapping[str, tuple[torch.dtype, Shape]], stem: str = "model", limit: int = SHARD_BYTES
+        self,
+        folder: Path,
+        sizes: Mapping[str, tuple[torch.dtype, Shape]],
+        stem: str = "model",
+        limit: int = SHARD_BYTES,
     ) -> None:
         self.places: dict[str, tuple[BinaryIO, int, torch.dtype, Shape]] = {}
         self.stack = ExitStack()
@@ -217,7 +223,7 @@ class Writer:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = self.stack.enter_context(open(path, "xb"))
+        file = self.stack.enter_context(path.open("xb"))
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
         for name, (dtype, shape) in sizes.items():

@@ -92,7 +92,9 @@ def no_weights(folder: Path) -> Exception:
             "use --allow-pickle if you trust where it comes from",
             place=str(folder),
         )
-    return refuse("has no model.safetensors and no index of shards", "give the folder of a checkpoint", place=str(folder))
+    return refuse(
+        "has no model.safetensors and no index of shards", "give the folder of a checkpoint", place=str(folder)
+    )
 
 
 def describe(job: Import, target: str) -> Report:

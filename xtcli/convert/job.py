@@ -36,7 +36,9 @@ def run(
         raise refuse(f"cannot convert to '{to}'", "give 'xt' or 'hf'", path="--to")
     if not src.is_dir():
         near = [str(path) for path in src.parent.iterdir() if path.is_dir()] if src.parent.is_dir() else []
-        raise refuse(f"there is no folder '{src}'", did_you_mean(str(src), near) if near else "give a folder on this machine")
+        raise refuse(
+            f"there is no folder '{src}'", did_you_mean(str(src), near) if near else "give a folder on this machine"
+        )
     _check_target(src, dst, force)
     ours = (src / PRESET).exists() and not (src / CONFIG).exists()
     if to == "xt" and ours:
@@ -75,7 +77,9 @@ def _check_target(src: Path, dst: Path, force: bool) -> None:
     if not force:
         raise refuse("exists", "choose another folder, or add --force to replace it", place=str(dst))
     replaceable = dst.is_dir() and not dst.is_symlink()
-    if not replaceable or (any(dst.iterdir()) and not any((dst / name).exists() for name in (CONFIG, MANIFEST, PRESET))):
+    if not replaceable or (
+        any(dst.iterdir()) and not any((dst / name).exists() for name in (CONFIG, MANIFEST, PRESET))
+    ):
         raise refuse("is no checkpoint, and --force replaces nothing else", "choose another folder", place=str(dst))
 
 

@@ -224,7 +224,9 @@ def fits(template: Any, tree: Any) -> bool:
 
 def fits_itself(template: Mapping[str, Any]) -> bool:
     """Whether a template has no marks: then what else means the same is for the modules to tell."""
-    return all(fits_itself(body) if isinstance(body, Mapping) else not isinstance(body, MARKS) for body in template.values())
+    return all(
+        fits_itself(body) if isinstance(body, Mapping) else not isinstance(body, MARKS) for body in template.values()
+    )
 
 
 def settle(tree: dict[str, Any]) -> dict[str, Any]:

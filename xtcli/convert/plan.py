@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,7 @@ class Plan:
     ties: Mapping[str, str]
     drops: Sequence[Drop]
 
-    @property
+    @cached_property
     def known(self) -> set[str]:
         """Every exact name that a file may hold."""
         return {*self.shapes, *self.dead, *self.ties, *(name for group in self.spare for name in group)}
@@ -43,6 +44,12 @@ class Plan:
         """Those of the names that are kept beside the model, with their shapes."""
         beside = {**self.dead, **{name: shape for group in self.spare for name, shape in group.items()}}
         return {name: beside[name] for name in names if name in beside}
+
+    def is_head(self, name: str) -> bool:
+        """Whether a name is known and not one of the trunk's."""
+        if self.form.prefix:
+            return name in self.known and not name.startswith(self.form.prefix)
+        return any(match(template, name) is not None for rule in self.family.heads for template in rule.theirs)
 
     def drop(self, name: str) -> Drop | None:
         """The entry of the drop list that a name falls under."""
@@ -137,14 +144,11 @@ def _claim(plan: Plan, names: Sequence[str], place: str, prefix: str) -> Claims:
 
 
 def _now(given: str, plan: Plan, prefix: str) -> str:
-    """The plan's name for a name of the file."""
+    """The plan's name for a name of a file whose trunk is called `prefix`, throughout."""
     name = given
     for old, new in plan.family.aliases:
         if name == old or name.endswith("." + old):
             name = name[: len(name) - len(old)] + new
-    if prefix == plan.form.prefix:
+    if prefix == plan.form.prefix or plan.is_head(name):
         return name
-    if prefix and name.startswith(prefix):
-        return plan.form.prefix + name[len(prefix) :]
-    own = plan.form.prefix + name
-    return own if not prefix and (own in plan.known or plan.drop(own) is not None) else name
+    return plan.form.prefix + name[len(prefix) :] if name.startswith(prefix) else f"{prefix}?{name}"

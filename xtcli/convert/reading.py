@@ -54,7 +54,9 @@ def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
         if stated is None:
             raise refuse("states no model_type", f"name the family: {', '.join(sorted(known))}", place=place)
         if stated not in known:
-            raise refuse(f"model_type '{stated}' is no family that xt converts", did_you_mean(str(stated), known), place=place)
+            raise refuse(
+                f"model_type '{stated}' is no family that xt converts", did_you_mean(str(stated), known), place=place
+            )
         return known[str(stated)]
     if name not in known:
         raise refuse(f"there is no family '{name}'", did_you_mean(name, [*known, "auto"]))
@@ -82,7 +84,9 @@ def read_config(family: Family, form: Form, values: Mapping[str, Any], place: st
     except ValidationError as error:
         raise UserError(
             *(
-                Problem(f"{item['msg'].lower()}, got {item['input']!r}", place, ".".join(map(str, ("model", *item["loc"]))))
+                Problem(
+                    f"{item['msg'].lower()}, got {item['input']!r}", place, ".".join(map(str, ("model", *item["loc"])))
+                )
                 for item in error.errors()
             )
         ) from None
@@ -106,7 +110,9 @@ def forms(family: Family, values: Mapping[str, Any], place: str) -> list[Form]:
     found = [form for form in family.forms if form.name == stated[0]]
     if not found:
         names = {form.name for form in family.forms}
-        raise refuse(f"architecture '{stated[0]}' is none that xt converts", did_you_mean(stated[0], names), place=place)
+        raise refuse(
+            f"architecture '{stated[0]}' is none that xt converts", did_you_mean(stated[0], names), place=place
+        )
     return found
 
 

@@ -76,10 +76,9 @@ class Report:
             exact = "bit-exact: read back, every tensor gives the source's bytes"
             yield "fidelity", exact if self.bit_exact else "not bit-exact, see dtype"
         if self.verified is not None:
-            yield "verified", (
-                f"{self.verified['outputs']} outputs and {self.verified['modules']} modules agree with transformers "
-                f"{self.verified['transformers']} to {self.verified['worst']:.2g} (absolute, float32)"
-            )
+            counts = f"{self.verified['outputs']} outputs and {self.verified['modules']} modules"
+            peer = f"transformers {self.verified['transformers']}"
+            yield "verified", f"{counts} agree with {peer} to {self.verified['worst']:.2g} (absolute, float32)"
 
 
 def _count(names: list[str]) -> str:

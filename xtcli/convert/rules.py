@@ -196,7 +196,9 @@ def moves(rules: Sequence[Rule], ours: dict[str, Tensor]) -> list[Move]:
             move = Move(tuple(theirs), tuple(fill(template, binding) for template in rule.ours), rule.operation)
             for made in move.ours:
                 if made in found or made not in ours:
-                    raise AssertionError(f"{made} is made by {found.get(made)} and {move}, or is no tensor of the model")
+                    raise AssertionError(
+                        f"{made} is made by {found.get(made)} and {move}, or is no tensor of the model"
+                    )
                 found[made] = move
     unmade = [name for name in ours if name not in found]
     if unmade:

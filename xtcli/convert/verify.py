@@ -154,7 +154,7 @@ def _run_theirs(
     config._attn_implementation = "eager"
     with no_init_weights():
         model = cls(config)
-    state = {}
+    state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safetensors.safe_open(path, framework="pt") as file:
             state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -165,7 +165,11 @@ def _run_theirs(
     calls: dict[str, Tensor] = {}
     with torch.no_grad(), _watched(model, calls):
         output = model(**inputs)
-    return _tensors(output), {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls}, transformers.__version__
+    return (
+        _tensors(output),
+        {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls},
+        transformers.__version__,
+    )
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Files:
     def describe(self) -> str:
         """The source in words, with counts."""
         count = f"{counted(len(self.files), 'file')}, " if len(self.files) != 1 else ""
-        left = ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.skipped.items()))
+        left = ", ".join(counted(number, reason) for reason, number in sorted(self.skipped.items()))
         return f"{self.name}: {count}{amount(self.size or 0)}" + (f" (left out: {left})" if left else "")
 
     def fingerprint(self) -> Any:
@@ -154,13 +154,13 @@ def _open_folder(path: Path, columns: Sequence[str], glob: str | None, limit: in
         suffixes[suffix or "no suffix"] += 1
         form = "jsonl" if suffix == ".json" and json_rows else FORMATS.get(suffix, "text")
         size = _size(file)
-        reason = "binary files" if suffix in BINARY else _unreadable(file) if form == "text" and size else None
+        reason = "binary file" if suffix in BINARY else _unreadable(file) if form == "text" and size else None
         if reason is None and size == 0:
-            reason = "empty files"
+            reason = "empty file"
         if reason is None and form == "text" and len(columns) > 1:
-            reason = "text files without columns"
+            reason = "plain text file"
         if reason:
-            skipped["in UTF-16" if "UTF-16" in reason else "binary files" if "binary" in reason else reason] += 1
+            skipped["UTF-16 file" if "UTF-16" in reason else "binary file" if "binary" in reason else reason] += 1
             continue
         files.append(File(file, form, size))
     if not files:
@@ -178,10 +178,10 @@ def walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         for name in [name for name in folders if name.startswith(".")]:
             folders.remove(name)
-            skipped["hidden folders"] += 1
+            skipped["hidden folder"] += 1
         for name in names:
             if name.startswith("."):
-                skipped["hidden files"] += 1
+                skipped["hidden file"] += 1
             elif os.path.isfile(os.path.join(parent, name)):
                 found.append(Path(parent, name))
     yield from sorted(found, key=lambda path: path.relative_to(folder).as_posix())

@@ -21,7 +21,7 @@ import tokenizers as library
 from rich.console import Console
 
 from xtcli.config.data import DataConfig
-from xtcli.data.files import amount
+from xtcli.data.files import amount, counted
 from xtcli.data.hub import NAME
 from xtcli.data.progress import Meter
 from xtcli.data.sources import Source, open_source
@@ -66,7 +66,9 @@ def prepare(
     for opened, text in ((source, entry), (held, validation)):
         if opened is not None and isinstance(text, Entry) and not text.tokens:
             count = next(iter(text.header["streams"].values()))["documents"]
-            raise refuse(f"{opened.describe()} gives 0 tokens in {count} documents", "give a source with text")
+            raise refuse(
+                f"{opened.describe()} gives 0 tokens in {counted(count, 'document')}", "give a source with text"
+            )
     assert not isinstance(validation, str)
     store = Store(entry, validation=validation, seed=seed, source=source.describe(), notes=(note,))
     if rows is not None and made.vocab > rows:
@@ -78,10 +80,10 @@ def make_tokenizer(config: Config, source: Source, cache_folder: Path, progress:
     """The tokenizer of a config, learnt from the source where its kind learns, and a sentence about it."""
     if isinstance(config, File.Config):
         made = Tokenizer.load(config.path, config.special)
-        return made, f"tokenizer {config.path}: {made.vocab:,} ids; {_roles(made)}"
+        return made, _note(config.path, made)
     if isinstance(config, Bytes.Config):
         made = train(config, [])
-        return made, f"tokenizer bytes: {made.vocab:,} ids; {_roles(made)}"
+        return made, _note(config.kind, made)
     assert isinstance(config, Trained)
     options = [[name, value] for name, value in sorted(tree(config).items()) if name != "special"]
     special = list(tree(config)["special"].items())
@@ -100,8 +102,7 @@ def make_tokenizer(config: Config, source: Source, cache_folder: Path, progress:
 
     made = _cached(cache_folder / "tokenizers" / key, lambda folder: build().save(folder), read)
     short = "" if made.vocab >= config.vocab else f" of {config.vocab:,} asked for, the text has no more"
-    lossless = "text comes back byte for byte" if made.lossless else "text is normalised"
-    return made, f"tokenizer {config.kind}: {made.vocab:,} ids{short}; {lossless}; {_roles(made)}"
+    return made, _note(config.kind, made, short)
 
 
 def make_entry(
@@ -206,6 +207,7 @@ def held_out(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"source": name, "glob": data.glob if Path(name).is_dir() else None})
 
 
-def _roles(made: Tokenizer) -> str:
-    text = ", ".join(f"{role} {made.names[role]} = {id}" for role, id in made.special.items())
-    return text or "no special tokens"
+def _note(name: str, made: Tokenizer, short: str = "") -> str:
+    roles = ", ".join(f"{role} {made.names[role]} = {id}" for role, id in made.special.items())
+    kept = "text comes back byte for byte" if made.lossless else "text is normalised"
+    return f"tokenizer {name}: {counted(made.vocab, 'id')}{short}; {kept}; {roles or 'no special tokens'}"

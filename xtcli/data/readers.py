@@ -59,7 +59,7 @@ def texts(place: str, columns: Sequence[str], values: Sequence[Any]) -> list[str
 def row(values: Sequence[str | None], tally: Tally) -> Iterator[Piece]:
     """A row as a document: in pieces where it is one text, whole where it is a pair; none where a text is missing."""
     if not all(values):
-        tally["empty rows"] += 1
+        tally["empty row"] += 1
         return
     texts = tuple(value for value in values if value)
     if len(texts) > 1:
@@ -81,9 +81,10 @@ def missing_column(place: str, column: str, have: Sequence[str], first: Any, key
     return refuse(cause, near if near.startswith("did") else f"set {key} to one of them", place=place)
 
 
-def wrong_type(place: str, column: str, value: Any) -> UserError:
-    """What to tell about a value that is no text."""
-    return refuse(f"column {column!r} holds {type(value).__name__}, not text", "name a column of text", place=place)
+def wrong_type(place: str, column: str, value: Any, wanted: str = "text") -> UserError:
+    """What to tell about a value that is not what its column must hold."""
+    held = type(value).__name__
+    return refuse(f"column {column!r} holds {held}, not {wanted}", f"name a column of {wanted}", place=place)
 
 
 def shown(value: Any) -> str:
@@ -99,7 +100,7 @@ def _document(path: Path, tally: Tally) -> Iterator[Piece]:
     with open(path, "rb") as file:
         for text, last in read_pieces(file, tally):
             if first and last and not text:
-                tally["empty files"] += 1
+                tally["empty file"] += 1
                 return
             survey(text, first, tally)
             yield Piece((text,), last)
@@ -111,10 +112,10 @@ def _jsonl(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                tally["byte order marks"] += 1
+                tally["byte order mark"] += 1
                 line = line[3:]
             if not line.strip():
-                tally["blank lines"] += 1
+                tally["blank line"] += 1
                 continue
             text = from_bytes(line)
             valid = is_valid(text)
@@ -140,7 +141,7 @@ def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with open(path, "rb") as raw:
         if raw.read(3) == b"\xef\xbb\xbf":
-            tally["byte order marks"] += 1
+            tally["byte order mark"] += 1
         else:
             raw.seek(0)
         file = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
@@ -155,7 +156,7 @@ def _csv(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[Row]:
             places = [header.index(column) for column in columns]
             while first is not None:
                 if not first:
-                    tally["blank lines"] += 1
+                    tally["blank line"] += 1
                 elif len(first) != len(header):
                     cause = f"has {len(first)} fields where the header has {len(header)}"
                     raise refuse(cause, "quote fields that hold commas", place=f"{path}:{reader.line_num}")

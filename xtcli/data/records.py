@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xtcli.config.data import DataConfig
+from xtcli.data.files import counted
 from xtcli.data.order import permute
 from xtcli.data.prepare import held_out
 from xtcli.data.readers import Piece, Row
@@ -47,7 +48,7 @@ class Records:
     ) -> None:
         self.columns, self.source, self.how = tuple(columns), source, how
         self.sides = dict(sides)
-        self.notes = tuple(f"in the text: {number:,} {name}" for name, number in sorted(tally.items()) if number)
+        self.notes = tuple(f"in the text: {counted(number, name)}" for name, number in sorted(tally.items()) if number)
         text = json.dumps([self.columns, self.sides], sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -62,7 +63,8 @@ class Records:
 
     def report(self) -> str:
         """The source, its rows and how they were split, in lines for a reader."""
-        counts = f"train {len(self.sides['train']):,} rows; validation {len(self.sides['validation']):,} rows ({self.how})"
+        train, held = (counted(len(self.sides[name]), "row") for name in ("train", "validation"))
+        counts = f"train {train}; validation {held} ({self.how})"
         return "\n".join([self.source, counts, *self.notes])
 
 
@@ -70,6 +72,7 @@ class Texts:
     """The texts of rows as a source from which a tokenizer can learn; `texts` gives those of one row."""
 
     size: int | None = None
+    limit: int | None = None
 
     def __init__(self, of: Records, texts: Callable[[Row], Sequence[str]]) -> None:
         self.of, self.texts = of, texts

@@ -162,7 +162,7 @@ class Store:
             f"{header['bytes'] / max(tokens, 1):.2f} bytes per token",
         ]
         if header["tally"]:
-            lines.append("in the text: " + ", ".join(f"{count:,} {name}" for name, count in header["tally"].items()))
+            lines.append("in the text: " + ", ".join(counted(count, name) for name, count in header["tally"].items()))
         train, held = self.split("train"), self.split("validation")
         lines.append(
             f"train {counted(len(train), what)}, {counted(train.tokens, 'token')}; "

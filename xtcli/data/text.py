@@ -4,14 +4,14 @@ Every text inside xt is a `str` in which a byte that is no part of valid UTF-8 s
 U+DC80 + (byte - 128), Python's "surrogateescape". Hence `to_bytes(from_bytes(data)) == data` for all data.
 
     in the source             policy                                               counted as
-    byte order mark           kept in text files; dropped in front of csv, jsonl   byte order marks
-    CRLF                      kept                                                 CRLF line ends
-    NUL                       kept                                                 NULs
-    lone surrogate in JSON    its three bytes, as if written in UTF-8              lone surrogates
-    invalid UTF-8             kept byte by byte                                    invalid bytes
-    blank line                kept in text; skipped between rows of jsonl, csv     blank lines
-    null or "" in a row       the row is skipped                                   empty rows
-    word of over 1 Mi chars   cut between two characters                           words cut
+    byte order mark           kept in text files; dropped in front of csv, jsonl   byte order mark
+    CRLF                      kept                                                 CRLF line end
+    NUL                       kept                                                 NUL
+    lone surrogate in JSON    its three bytes, as if written in UTF-8              lone surrogate
+    invalid UTF-8             kept byte by byte                                    invalid byte
+    blank line                kept in text; skipped between rows of jsonl, csv     blank line
+    null or "" in a row       the row is skipped                                   empty row
+    word of over 1 Mi chars   cut between two characters                           cut word
 
 What is kept reaches the model whole through the kinds `bytes` and `bpe`; a tokenizer that spells text
 in characters sees U+FFFD for each invalid byte, and a normaliser may drop more.
@@ -72,22 +72,22 @@ def from_json(text: str, valid: bool, tally: Tally) -> str:
         return text
     if not valid:
         return from_bytes(to_bytes(text))
-    tally["lone surrogates"] += sum(len(found) for found in LONE.findall(text))
+    tally["lone surrogate"] += sum(len(found) for found in LONE.findall(text))
     return from_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def survey(text: str, first: bool, tally: Tally) -> None:
     """Count what the table above names in one piece of a document; `first` for its first piece."""
     if first:
-        tally["byte order marks"] += text.startswith("\ufeff")
-        tally["blank lines"] += _FIRST_BLANK.match(text) is not None
-    tally["blank lines"] += sum(1 for _ in _BLANK.finditer(text))
+        tally["byte order mark"] += text.startswith("\ufeff")
+        tally["blank line"] += _FIRST_BLANK.match(text) is not None
+    tally["blank line"] += sum(1 for _ in _BLANK.finditer(text))
     if "\r" in text:
-        tally["CRLF line ends"] += text.count("\r\n")
+        tally["CRLF line end"] += text.count("\r\n")
     if "\0" in text:
-        tally["NULs"] += text.count("\0")
+        tally["NUL"] += text.count("\0")
     if not is_valid(text):
-        tally["invalid bytes"] += sum(len(found) for found in LONE.findall(text))
+        tally["invalid byte"] += sum(len(found) for found in LONE.findall(text))
 
 
 def cut(text: str, start: int, tally: Tally) -> int:
@@ -105,7 +105,7 @@ def cut(text: str, start: int, tally: Tally) -> int:
     found = _SAFE.search(text, low, start + LONGEST)
     if found:
         return found.start()
-    tally["words cut"] += 1
+    tally["cut word"] += 1
     return start + LONGEST
 
 

@@ -192,12 +192,12 @@ class Tokenizer:
     def encode_pair(
         self, text: str, pair: str | None = None, *, special: bool = True, control: bool = False
     ) -> tuple[list[int], list[int]]:
-        """The ids of one text or two in the template, and the type of each id: 0 for the first text, 1 for the second."""
+        """The ids of one text or two in the template, and the type of each id: 0 in the first text, 1 in the second."""
         texts = [text] if pair is None else [text, pair]
         around, types, inner = self.frame(len(texts)) if special else ([[]] * 3, [[]] * 3, [0, 1])
         ids, kinds = list(around[0]), list(types[0])
-        for number, part in enumerate(texts):
-            found = self.encode(part, control=control)
+        for number, value in enumerate(texts):
+            found = self.encode(value, control=control)
             ids += [*found, *around[number + 1]]
             kinds += [*[inner[number]] * len(found), *types[number + 1]]
         return ids, kinds
@@ -227,6 +227,8 @@ class Tokenizer:
 
         The ids before, between and behind the texts (texts + 1 lists), the types of these ids, the type of each text.
         """
+        if self.library.post_processor is None:
+            return [[]] * (texts + 1), [[]] * (texts + 1), list(range(texts))
         marked = [self._reader.encode("a", add_special_tokens=False) for _ in range(texts)]
         joined = self.library.post_process(*marked, add_special_tokens=True)
         ids: list[list[int]] = [[] for _ in range(texts + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType, UnionType
@@ -13,13 +14,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from xtcli.config.emit import flow
-from xtcli.errors import refuse
-from xtcli.errors import did_you_mean
+from xtcli.errors import did_you_mean, refuse
 from xtcli.inspect import units
 from xtcli.registry import UNIONS, Config, Kinds, Slot, kinds, slots, tree
 
 NAMES = {int: "int", float: "number", str: "text", bool: "true or false", NoneType: "null"}
-MAX_TYPE, MAX_DEFAULT = 40, 28
+MAX_CELL = 32
+"""Columns of a type or a default before it goes on in the next line."""
+MIN_MEANING = 40
+"""Columns of a meaning, at least, on however narrow a terminal."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def spell(annotation: Any) -> str:
     if origin is Literal:
         text = " or ".join(flow(value) for value in arguments)
     elif origin in (Union, UnionType):
-        text = " or ".join(dict.fromkeys(spell(arm) for arm in arguments))
+        text = " or ".join(dict.fromkeys(spell(arm) for arm in arguments if arm is not NoneType))
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         text = f"map from {spell(arguments[0])} to {spell(arguments[1])}"
     elif origin in (tuple, list):
@@ -129,7 +132,8 @@ def spell(annotation: Any) -> str:
         text = "map"
     else:
         text = NAMES.get(annotation, "anything" if annotation is Any else getattr(annotation, "__name__", "value"))
-    return " ".join([text, *_bounds(marks)])
+    text = " ".join([text, *_bounds(marks)])
+    return f"{text} or null" if NoneType in arguments and origin in (Union, UnionType) else text
 
 
 def _bounds(marks: Iterable[Any]) -> Iterator[str]:
@@ -152,31 +156,37 @@ def lines(found: Mapping[str, list[Kind]], width: int, whole: bool) -> list[str]
     text: list[str] = []
     for slot, entries in found.items():
         if not whole:
-            text.append(f"{slot}")
-            text += units.table([(kind.name, _cut(kind.doc, width - 30)) for kind in entries], indent=2)
+            text.append(slot)
+            room = max(width - max(len(kind.name) for kind in entries) - 4, MIN_MEANING)
+            text += units.table(
+                [(kind.name, textwrap.shorten(kind.doc, room, placeholder=" ...")) for kind in entries], indent=2
+            )
             continue
         for kind in entries:
-            text += [f"{slot}: {kind.name}", *(f"  {line}" for line in _wrapped(kind.doc, width - 2))]
-            rows = [(f.name, f.type, f.default if f.default is not None else "must be stated", f.meaning) for f in kind.fields]
-            text += _field_lines(rows) if rows else ["  no fields"]
-            text.append("")
+            text += [
+                f"{slot}: {kind.name}",
+                *(f"  {line}" for line in textwrap.wrap(kind.doc, width - 2, break_on_hyphens=False)),
+            ]
+            text += [*_field_lines(kind.fields, width), ""] if kind.fields else ["  no fields", ""]
     return text[:-1] if text and not text[-1] else text
 
 
-def _field_lines(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    short = [(name, kind, default, meaning) for name, kind, default, meaning in rows]
-    return units.table([("field", "type", "default", "meaning"), *short], indent=2)
-
-
-def _cut(text: str, width: int) -> str:
-    width = max(width, 20)
-    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, max(width, 40))
+def _field_lines(shown: Iterable[Field], width: int) -> list[str]:
+    rows = [("field", "type", "default", "meaning")]
+    rows += [(f.name, f.type, "must be stated" if f.default is None else f.default, f.meaning) for f in shown]
+    used = [min(max(len(row[column]) for row in rows), MAX_CELL) for column in (1, 2)]
+    room = max(width - 8 - max(len(row[0]) for row in rows) - sum(used), MIN_MEANING)
+    folded: list[tuple[str, ...]] = []
+    for name, *cells in rows:
+        parts = [
+            textwrap.wrap(cell, limit, break_on_hyphens=False)
+            for cell, limit in zip(cells, (MAX_CELL, MAX_CELL, room), strict=True)
+        ]
+        for number in range(max(map(len, parts))):
+            folded.append(
+                (name if number == 0 else "", *(part[number] if number < len(part) else "" for part in parts))
+            )
+    return units.table(folded, indent=2)
 
 
 def facts(found: Mapping[str, list[Kind]]) -> dict[str, Any]:

@@ -183,23 +183,19 @@ def sides(a: Resolved, b: Resolved, *, batch: int = 1, length: int | None = None
 def side_lines(left: Side, right: Side) -> list[str]:
     """Parameters, FLOPs, state and memory of both as a table, and how many times as much the second has."""
     rows: list[tuple[str, ...]] = [("", left.name, right.name, "")]
-    rows.append(("parameters", f"{left.parameters:,}", f"{right.parameters:,}", _times(left.parameters, right.parameters)))
+    rows.append(
+        ("parameters", f"{left.parameters:,}", f"{right.parameters:,}", _times(left.parameters, right.parameters))
+    )
     for name in dict.fromkeys([*left.components, *right.components]):
         x, y = left.components.get(name, 0), right.components.get(name, 0)
         rows.append((f"  {name}", f"{x:,}", f"{y:,}", _times(x, y)))
-    for (label, x_text), (_, y_text), x, y in zip(
-        flop_rows(left.costs),
-        flop_rows(right.costs),
-        (left.costs.forward, left.costs.training),
-        (right.costs.forward, right.costs.training),
-        strict=True,
-    ):
-        rows.append((label, x_text, y_text, _times(x, y)))
+    for (label, ours), (_, theirs) in zip(flop_rows(left.costs), flop_rows(right.costs), strict=True):
+        rows.append((label, units.flop(ours), units.flop(theirs), _times(ours, theirs)))
     for place, precision in enumerate(left.costs.use):
-        ours, theirs = ({label: cells[place] for label, cells in memory_rows(side.costs)} for side in (left, right))
+        a, b = ({label: cells[place] for label, cells in memory_rows(side.costs)} for side in (left, right))
         ratios = _ratios(left.costs, right.costs, precision)
-        for label in dict.fromkeys([*ours, *theirs]):
-            cells = (ours.get(label, "none"), theirs.get(label, "none"))
+        for label in dict.fromkeys([*a, *b]):
+            cells = (a.get(label, "none"), b.get(label, "none"))
             rows.append((f"{label}, {precision}", *cells, ratios.get(label, "")))
     lines = units.table(rows, right=(1, 2, 3))
     return [*lines, f"costs of {occasion(left.costs)}"]
@@ -219,3 +215,22 @@ def _ratios(a: Costs, b: Costs, precision: str) -> dict[str, str]:
 
 def _times(x: float, y: float) -> str:
     return f"x {units.figure(y / x)}" if x and y and x != y else "=" if x == y else ""
+
+
+def facts(changes: list[Difference], both: tuple[Side, Side]) -> dict[str, Any]:
+    """The comparison as plain data."""
+    return {
+        "differences": [
+            {"path": change.path, "words": list(change.changes), "before": change.before, "after": change.after}
+            for change in changes
+        ],
+        "sides": [
+            {
+                "name": side.name,
+                "parameters": side.parameters,
+                "components": dict(side.components),
+                "costs": side.costs.facts(),
+            }
+            for side in both
+        ],
+    }

@@ -85,14 +85,15 @@ def _use_facts(use: Use) -> dict[str, Any]:
 
 def usual_length(resolved: Resolved, model: Graph) -> int:
     """The length that costs are given for unless the user names one: that of training, else the model's context."""
-    return resolved.preset.train.context or model.context or DEFAULT_CONTEXT
+    usual = resolved.preset.train.context or model.context or DEFAULT_CONTEXT
+    return max(2, min(usual, position_limit(model) or usual))
 
 
 def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = None) -> Costs:
     """The costs of a preset's model; raises UserError for a length that the model cannot read."""
     model = skeleton(resolved)
-    given, length = length, length or usual_length(resolved, model)
-    _check_length(model, length, given)
+    check_length(model, length)
+    length = length or usual_length(resolved, model)
     one, wide = synthetic(model, 1, length), torch.float32
     forward = measure(model, one, wide)
     share = getattr(resolved.preset.objective, "supervised", 1.0)
@@ -126,15 +127,21 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
     )
 
 
-def _check_length(model: Graph, length: int, given: int | None) -> None:
-    limits = (getattr(module, "limit", None) for module in model.modules())
-    limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
-    if limit is not None and length > limit:
+def check_length(model: Graph, length: int | None) -> None:
+    """Refuse a length given by the user that the model has no positions for."""
+    limit = position_limit(model)
+    if length is not None and limit is not None and length > limit:
         raise refuse(
             f"{units.plural(length, 'token')} do not fit into {units.plural(limit, 'position')}",
-            f"use --length {limit} or less",
-            place="" if given is None else "--length",
+            f"use {limit} or less, or raise model.context",
+            place="--length",
         )
+
+
+def position_limit(model: Graph) -> int | None:
+    """The most tokens that a model's positions can tell apart, or None."""
+    limits = (getattr(module, "limit", None) for module in model.modules())
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batch:
@@ -150,12 +157,9 @@ def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batc
     return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * len(inputs)] * batch)
 
 
-def flop_rows(costs: Costs) -> list[tuple[str, str]]:
-    """Label and figure."""
-    return [
-        ("FLOPs per token, forward", units.flop(costs.forward)),
-        ("FLOPs per token, training", units.flop(costs.training)),
-    ]
+def flop_rows(costs: Costs) -> list[tuple[str, float]]:
+    """Label and FLOPs."""
+    return [("FLOPs per token, forward", costs.forward), ("FLOPs per token, training", costs.training)]
 
 
 def memory_rows(costs: Costs) -> list[tuple[str, list[str]]]:
@@ -186,6 +190,7 @@ def occasion(costs: Costs) -> str:
 
 def lines(costs: Costs) -> list[str]:
     """The costs as text."""
-    flops = [(label, text, f"in a text of {units.plural(costs.length, 'token')}") for label, text in flop_rows(costs)]
+    where = f"in a text of {units.plural(costs.length, 'token')}"
+    flops = [(label, units.flop(amount), where) for label, amount in flop_rows(costs)]
     rows = [(occasion(costs), *costs.use), *((label, *cells) for label, cells in memory_rows(costs))]
     return [*units.table(flops, right=(1,)), "", *units.table(rows, right=tuple(range(1, len(costs.use) + 1)))]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xtcli.errors import refuse
 from xtcli.inspect import picture
+from xtcli.inspect.curves import UNIT, RunCurves
 from xtcli.inspect.sight import Views
 
 WIDTH, HEIGHT = 6.0, 5.0
 """Inches of one panel."""
 COLUMNS = 3
+CELLS = 256
+"""Cells along an axis of a drawn grid, at most."""
 
 
 def check(path: Path) -> None:
@@ -74,24 +78,23 @@ def draw_views(views: Views, title: str) -> Any:
 
 
 def _wrapped(text: str, width: int = 60) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 
-def draw_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], unit: str) -> Any:
-    """Curves by run and by name (`training`, `validation`); a run has one colour."""
+def draw_curves(runs: Sequence[RunCurves]) -> Any:
+    """The losses of all runs in one panel, a colour for each run."""
     figure, (axis,) = panels(1)
-    for number, (run, curves) in enumerate(runs.items()):
-        for name, points in curves.items():
-            if points:
-                steps, values = zip(*points, strict=True)
-                style: dict[str, Any] = (
-                    {"linewidth": 0.8, "alpha": 0.6} if name == "training" else {"marker": "o", "markersize": 3}
-                )
-                axis.plot(steps, values, color=f"C{number % 10}", label=f"{run}, {name}", **style)
+    for number, run in enumerate(runs):
+        colour = f"C{number % 10}"
+        if run.training:
+            axis.plot(
+                *zip(*run.training, strict=True), color=colour, linewidth=0.8, alpha=0.6, label=f"{run.run}, training"
+            )
+        if run.validation:
+            points = zip(*run.validation, strict=True)
+            axis.plot(*points, color=colour, marker="o", markersize=3, label=f"{run.run}, validation")
     axis.set_xlabel("step")
-    axis.set_ylabel(f"loss ({unit})")
+    axis.set_ylabel(f"loss ({UNIT})")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

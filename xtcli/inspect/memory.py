@@ -45,7 +45,7 @@ class _Alive(TorchDispatchMode):
     """Follows the bytes of storages made while active, and their peak; those that hold `there` are known before."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known: set[int] = {tensor.untyped_storage()._cdata for tensor in there}
 

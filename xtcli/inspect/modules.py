@@ -44,7 +44,8 @@ class Node:
     """One module of the tree, or `times` equal ones.
 
     tensors: its own parameters, name -> shape. `tied` are those of another module, not counted. `parameters`
-    counts one of the equal modules with everything below it.
+    counts one of the equal modules with everything below it. `loose` names the figures of the description in which
+    equal modules may differ, `settings` is everything else that they share.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Node:
     parameters: int = 0
     times: int = 1
     children: tuple[Node, ...] = ()
+    loose: tuple[str, ...] = ()
     settings: str = ""
 
     @property
@@ -66,7 +68,7 @@ class Node:
     def signature(self) -> Any:
         """What equal modules have in common."""
         below = tuple((child.name, child.times, child.signature) for child in self.children)
-        names = tuple(text.partition("=")[0] if _is_float(text) else text for text in self.detail)
+        names = tuple(key if (key := text.partition("=")[0]) in self.loose else text for text in self.detail)
         return self.kind, names, tuple(self.tensors.items()), self.tied, self.settings, below
 
     def facts(self) -> dict[str, Any]:
@@ -86,8 +88,9 @@ class Node:
 def slot_and_kind(module: nn.Module) -> tuple[str, str]:
     """The slot that a module fills and its kind; two empty words where it is no registered part."""
     config = getattr(type(module), "Config", None)
-    known = isinstance(config, type) and issubclass(config, Config) and bool(config.kind)
-    return (config.slot, config.kind) if known else ("", "")
+    if isinstance(config, type) and issubclass(config, Config) and config.kind:
+        return config.slot, config.kind
+    return "", ""
 
 
 def tree(model: Graph) -> Node:
@@ -98,7 +101,7 @@ def tree(model: Graph) -> Node:
 def _node(name: str, module: nn.Module, stack: Stack | None, seen: set[int], model: Graph) -> Node:
     slot, kind = slot_and_kind(module)
     stack = module if isinstance(module, Stack) else stack
-    own = {key: parameter for key, parameter in module.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
     tied = tuple(key for key, parameter in own.items() if id(parameter) in seen)
     count = sum(parameter.numel() for key, parameter in own.items() if key not in tied)
     seen |= {id(parameter) for parameter in own.values()}
@@ -117,6 +120,7 @@ def _node(name: str, module: nn.Module, stack: Stack | None, seen: set[int], mod
         count + sum(child.total for child in children),
         1,
         children,
+        tuple(key for text in detail if isinstance(getattr(module, key := text.partition("=")[0], None), float)),
         _settings(module, detail),
     )
 
@@ -157,11 +161,6 @@ def _merged(nodes: list[Node]) -> Node:
     )
     below = tuple(_merged([node.children[i] for node in nodes]) for i in range(len(first.children)))
     return replace(first, detail=detail, children=below)
-
-
-def _is_float(text: str) -> bool:
-    key, equals, value = text.partition("=")
-    return bool(equals) and not value.lstrip("-").isdigit() and value.replace(".", "").replace("e-", "").isdigit()
 
 
 def _detail(module: nn.Module) -> tuple[str, ...]:

@@ -99,7 +99,8 @@ def turn_caption(view: TurnView) -> str:
     """What a rotation's picture shows."""
     waves = f"wavelengths of {units.figure(view.shortest)} to {units.figure(view.longest)} tokens"
     turned = f"{units.plural(view.pairs, 'pair')} of dimensions turn"
-    return f"{view.stack}: {view.kind} ({view.users}): {turned}, {waves}; cosines, pairs down, {view.length:,} places across"
+    axes = f"cosines, pairs down, {view.length:,} places across"
+    return f"{view.stack}: {view.kind} ({view.users}): {turned}, {waves}; {axes}"
 
 
 def lines(views: Views, blocks: bool = True) -> list[str]:
@@ -126,7 +127,8 @@ def facts(views: Views) -> dict[str, object]:
     """The views as plain data, without the grids."""
     return {
         "masks": [
-            {"stack": v.stack, "users": v.users, "rule": v.rule, "length": v.length, "seen": v.seen} for v in views.masks
+            {"stack": v.stack, "users": v.users, "rule": v.rule, "length": v.length, "seen": v.seen}
+            for v in views.masks
         ],
         "biases": [
             {

@@ -221,7 +221,9 @@ def _places(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if getattr(getattr(type(module), "Config", None), "slot", "") == "absolute" and _kind(module) != "none":
             limit = getattr(module, "limit", None)
-            said.append(f"{name}: {_kind(module)}, " + (units.plural(limit, "place") if limit else "any number of places"))
+            said.append(
+                f"{name}: {_kind(module)}, " + (units.plural(limit, "place") if limit else "any number of places")
+            )
     return said
 
 
@@ -267,7 +269,10 @@ def _filled(bias: nn.Module, path: str, weights: Weights | None) -> tuple[nn.Mod
 
 def _turn(turn: nn.Module, stack: str, users: str, length: int, cells: int) -> TurnView:
     table: Any = turn.tables(_ctx(length, 0, length), torch.float32)  # type: ignore[operator]
-    cos, sin = table.cos.reshape(-1, length, table.cos.shape[-1])[0], table.sin.reshape(-1, length, table.sin.shape[-1])[0]
+    cos, sin = (
+        table.cos.reshape(-1, length, table.cos.shape[-1])[0],
+        table.sin.reshape(-1, length, table.sin.shape[-1])[0],
+    )
     first = min(1, length - 1)
     angles = torch.atan2(sin[first], cos[first]).clamp(min=1e-12)
     waves = 2 * math.pi / angles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -68,7 +69,7 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), gap: int = 2
 
 def spans(numbers: Sequence[int]) -> str:
     """Sorted numbers in short: `0-11`, `0-2, 4-6`, `1, 3 .. 23`."""
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
     if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}, {numbers[1]} .. {numbers[-1]}"
     pieces: list[list[int]] = []

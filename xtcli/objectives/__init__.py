@@ -6,9 +6,11 @@ needs no torch.
 """
 
 from xtcli.objectives.base import Objective
+from xtcli.objectives.classify import Classify
 from xtcli.objectives.clm import CausalLM
+from xtcli.objectives.extract import Extract
 from xtcli.objectives.mlm import MaskedLM
 from xtcli.objectives.pairs import Pairs
 from xtcli.objectives.spans import SpanCorruption
 
-__all__ = ["CausalLM", "MaskedLM", "Objective", "Pairs", "SpanCorruption"]
+__all__ = ["CausalLM", "Classify", "Extract", "MaskedLM", "Objective", "Pairs", "SpanCorruption"]

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Strict
@@ -23,10 +22,11 @@ from pydantic import Strict
 from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch, round_up
 from xtcli.data.order import Ints
-from xtcli.data.readers import Row, wrong_type
-from xtcli.errors import Problem, UserError, did_you_mean, refuse
+from xtcli.data.readers import Row
+from xtcli.errors import Problem, UserError, refuse
 from xtcli.objectives.base import Sample
-from xtcli.objectives.labelled import Labelled, nothing_left, settled_head, text_of
+from xtcli.objectives.labelled import Labelled, nothing_left, settled_head
+from xtcli.objectives.labels import Item, Task, columns_of, item_of, names_in
 from xtcli.objectives.words import clauses, count, truncated
 from xtcli.registry import field, part
 
@@ -34,22 +34,9 @@ if TYPE_CHECKING:
     from xtcli.config.preset import Preset, Resolved
     from xtcli.data.records import Records, Side
 
-Task = Literal["sequence", "token", "choice"]
 TASKS: tuple[Task, ...] = ("sequence", "token", "choice")
 SHOWN = 8
 """Labels that are named in one line."""
-FEW = 20
-"""Rows from which on labels that hardly repeat are taken for a mistake."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One row that can be used: its texts and its target (a label, one for each word, or a place among the choices)."""
-
-    number: int
-    texts: tuple[str, ...]
-    words: tuple[str, ...] = ()
-    target: Any = None
 
 
 @part("objective", "classify")
@@ -71,66 +58,37 @@ class Classify(Labelled):
         )
         multiple: int = field("rows are padded to the longest of a batch, rounded up to this many", 8, gt=0)
 
-    def __init__(
-        self,
-        config: Any,
-        split: Side,
-        tokenizer: Any,
-        *,
-        context: int,
-        seed: int,
-        start: int | None = None,
-        validation: bool = False,
-        pad: int | None = None,
-        segments: bool = False,
-        decoder: bool = False,
-        predict: bool = False,
-    ) -> None:
-        super().__init__(
-            config,
-            tokenizer,
-            context=context,
-            seed=seed,
-            start=start,
-            pad=pad,
-            segments=segments,
-            decoder=decoder,
-            predict=predict,
-        )
+    def __init__(self, config: Any, split: Side, tokenizer: Any, *, validation: bool = False, **options: Any) -> None:
+        super().__init__(config, tokenizer, **options)
         self.of: Task = config.of
-        found = [_item(config, number, row, predict) for number, row in enumerate(split.rows)]
-        self.items = [item for item in found if item is not None]
+        found = [item_of(config, number, row, not self.predict) for number, row in enumerate(split.rows)]
+        self.items: list[Item] = [item for item in found if item is not None]
         self.left_out = len(found) - len(self.items)
         if not self.items:
-            raise nothing_left(split.rows, self.columns(config), "has text and label", validation)
-        if self.of == "token":
-            self._read_words(tokenizer)
-        else:
-            self._read_texts(tokenizer)
+            raise nothing_left(split.rows, self.columns(config), "has both text and label", validation)
+        if self.of == "choice" and not self.predict:
+            self._check_choices(split.rows)
+        self.firsts: list[Ints] = []
+        self.rows = self._words(tokenizer) if self.of == "token" else self._texts(tokenizer)
+        self.sizes = np.array([sum(map(len, texts)) for row in self.rows for texts in row], dtype=np.int64)
 
     @classmethod
     def columns(cls, config: Any) -> tuple[str, ...]:
-        text, label = config.text, config.label
-        if config.of == "token":
-            return text or "tokens", label or "tags"
-        middle = (config.pair,) if config.of == "sequence" and config.pair else ()
-        if config.of == "choice":
-            middle = (config.choices,) if isinstance(config.choices, str) else config.choices
-        return text or "text", *middle, label or "label"
+        return columns_of(config)
 
     @classmethod
     def texts(cls, config: Any, row: Row) -> Sequence[str]:
-        item = _item(config, 0, row, True)
+        item = item_of(config, 0, row, labelled=False)
         return () if item is None else item.texts
 
     @classmethod
     def begin(cls, resolved: Resolved, model: Any) -> Any:
         config: Any = resolved.preset.objective
-        have = [head for head in model.heads if head in TASKS] if config.of is None else [config.of]
+        have = [head for head in TASKS if head in model.heads] if config.of is None else [config.of]
         if len(have) != 1:
             heads = ", ".join(model.heads) or "none"
-            cause = f"one head of {', '.join(TASKS)} is to be trained; the model has: {heads}"
-            remedy = "set objective.of" if have else "set model.heads='{sequence: {}}' for instance"
+            cause = f"one of the heads {', '.join(TASKS)} is to be trained; the model has: {heads}"
+            remedy = "say which with objective.of" if have else "set model.heads='{sequence: {}}' for instance"
             raise UserError(Problem(cause, resolved.place("objective"), "objective", remedy))
         return config.model_copy(update={"of": have[0]})
 
@@ -138,68 +96,58 @@ class Classify(Labelled):
     def settle(cls, resolved: Resolved, config: Any, records: Records) -> tuple[Preset, Any]:
         if config.of == "choice":
             return resolved.preset, config
-        names = config.labels
-        if not names:
-            names = _names(config, records, cls.columns(config)[-1])
-        config = config.model_copy(update={"labels": names})
-        model: Any = resolved.preset.model
-        return settled_head(resolved, config.of, names) if config.of in model.heads else resolved.preset, config
+        names = config.labels or names_in(records.rows, config.of, cls.columns(config)[-1])
+        return settled_head(resolved, config.of, names), config.model_copy(update={"labels": names})
 
-    def _read_texts(self, tokenizer: Any) -> None:
-        """The ids of all texts; a row is one text, two, or as many pairs as there are choices."""
+    def _check_choices(self, rows: Sequence[Row]) -> None:
+        """The choices of a batch are one tensor, so every row has as many."""
+        first = len(self.items[0].texts)
+        for item in self.items:
+            if len(item.texts) != first:
+                cause = f"has {len(item.texts) - 1} choices, the first row has {first - 1}"
+                raise refuse(cause, "give each row as many", place=rows[item.number][0])
+
+    def _texts(self, tokenizer: Any) -> list[list[tuple[Ints, ...]]]:
+        """The ids of each row: one text, two, or a pair for each choice."""
         flat = iter(tokenizer.encode_batch([text for item in self.items for text in item.texts]))
         ids = [tuple(next(flat) for _ in item.texts) for item in self.items]
         if self.of == "choice":
-            self.rows = [[(first, other) for other in others] for first, *others in ids]
-        else:
-            self.rows = [[texts] for texts in ids]
-        self.sizes = np.array([sum(map(len, texts)) for row in self.rows for texts in row], dtype=np.int64)
-        self.texts_of_row = len(self.rows[0][0])
-        sizes = {len(row) for row in self.rows}
-        if self.of == "choice" and len(sizes) > 1 and not self.predict:
-            odd = next(at for at, row in enumerate(self.rows) if len(row) != len(self.rows[0]))
-            cause = f"has {len(self.rows[odd])} choices, the first row has {len(self.rows[0])}"
-            raise refuse(cause, "give each row as many", place=f"row {self.items[odd].number + 1}", path="data.source")
+            return [[(first, other) for other in others] for first, *others in ids]
+        return [[texts] for texts in ids]
 
-    def _read_words(self, tokenizer: Any) -> None:
-        """The ids of all texts, and for each id the number of the word that it is the first token of, else -1."""
-        self.rows, self.firsts = [], []
-        for item, (ids, spans) in zip(
-            self.items, tokenizer.encode_spans([item.texts[0] for item in self.items]), strict=True
-        ):
+    def _words(self, tokenizer: Any) -> list[list[tuple[Ints, ...]]]:
+        """The ids of each row; `firsts` has the number of the word that an id begins, -1 for all other ids."""
+        rows: list[list[tuple[Ints, ...]]] = []
+        encoded = tokenizer.encode_spans([item.texts[0] for item in self.items])
+        for item, (ids, spans) in zip(self.items, encoded, strict=True):
             ends = np.cumsum([len(word) + 1 for word in item.words])
             # A token belongs to the word that holds its last character: a space in front may be part of it.
             word = np.searchsorted(ends, np.maximum(spans[:, 1] - 1, 0), side="right")
-            fresh = np.diff(word, prepend=-1) > 0
-            self.rows.append([(ids,)])
-            self.firsts.append(np.where(fresh, word, -1))
-        self.sizes = np.array([len(row[0][0]) for row in self.rows], dtype=np.int64)
-        self.texts_of_row = 1
+            self.firsts.append(np.where(np.diff(word, prepend=-1) > 0, word, -1))
+            rows.append([(ids,)])
+        return rows
 
     def __len__(self) -> int:
         return len(self.items)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        if self.of == "choice":
-            raise AssertionError("choices are batched by `collate`, row by row")
         texts = self.frame.cut(*self.rows[index][0])
         sample = self.made(index, *self.frame.row(*texts))
         if not self.predict:
-            sample[f"targets.{self.of}"] = self._target(index, sample["input_ids"].size, len(texts[0]))
+            sample[f"targets.{self.of}"] = self._target(index, sample["input_ids"].size)
         return sample
 
-    def _target(self, index: int, width: int, length: int) -> Ints:
-        target = self.items[index].target
+    def _target(self, index: int, width: int) -> Ints:
+        target = np.array(self.items[index].target, dtype=np.int64)
         if self.of == "sequence":
-            return np.array(target)
+            return target
         row = np.full(width, IGNORE, dtype=np.int64)
-        words = self.firsts[index][:length]
-        begin = self.frame.before(1)
-        row[begin : begin + length] = np.where(words >= 0, np.array(target, dtype=np.int64)[words], IGNORE)
+        places = self.places(index)
+        row[places[places >= 0]] = target[places >= 0]
         return row
 
-    def word_places(self, index: int) -> Ints:
-        """of=token: where each word has its label in the row; -1 for a word that was cut off or has no token."""
+    def places(self, index: int) -> Ints:
+        """of=token: where each word has its label in the row; -1 for one that was cut off or has no token."""
         places = np.full(len(self.items[index].words), -1, dtype=np.int64)
         words = self.firsts[index][: self.frame.room(1)]
         at = np.flatnonzero(words >= 0)
@@ -214,8 +162,8 @@ class Classify(Labelled):
         rows = [[self.frame.row(*self.frame.cut(*texts)) for texts in self.rows[int(index)]] for index in indices]
         sizes = np.array([[ids.size for ids, _ in row] for row in rows])
         width = min(round_up(int(sizes.max()), self.multiple), self.context)
-        shape = (*sizes.shape, width)
-        ids, types = np.full(shape, self.pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        ids = np.full((*sizes.shape, width), self.pad, dtype=np.int64)
+        types = np.zeros_like(ids)
         for at, row in enumerate(rows):
             for choice, (one, kinds) in enumerate(row):
                 ids[at, choice, : one.size], types[at, choice, : one.size] = one, kinds
@@ -231,139 +179,22 @@ class Classify(Labelled):
         return LabelScores(self.of, self.config.labels if self.of != "choice" else None)
 
     def describe(self) -> str:
-        rows, names = len(self.items), self.config.labels or ()
-        what = {"sequence": "text" if self.texts_of_row == 1 else "pair of texts", "token": "text", "choice": "question"}
-        told = f"{count(len(names), 'label')} ({self._shares()})" if self.of != "choice" else "one of several texts"
+        texts = len(self.rows[0][0])
+        noun = "question" if self.of == "choice" else "text" if texts == 1 else "pair"
+        told = f"{count(len(self.config.labels or ()), 'label')} ({self._shares()})"
         return clauses(
-            f"{self.of} classification: {count(rows, what[self.of]).replace('pair of textss', 'pairs of texts')}, {told}",
+            f"{self.of} classification: {count(len(self.items), noun)}",
+            f"one of {len(self.rows[0])} texts is right" if self.of == "choice" else told,
             "rows padded to the longest of a batch",
-            truncated(self.sizes, self.frame.room(self.texts_of_row), "row"),
+            truncated(self.sizes, self.frame.room(texts), "row"),
             f"{count(self.left_out, 'row')} without text or label left out" if self.left_out else "",
         )
 
     def _shares(self) -> str:
-        """Each label with the number of its targets."""
+        """The labels with the numbers of their targets."""
         names = self.config.labels or ()
         found: Counter[int] = Counter()
         for item in self.items:
             found.update(item.target if self.of == "token" else [item.target])
         shares = [f"{name} {found[number]:,}" for number, name in enumerate(names[:SHOWN])]
         return ", ".join(shares) + (", ..." if len(names) > SHOWN else "")
-
-
-def _item(config: Any, number: int, row: Row, predict: bool) -> Item | None:
-    """A row as an item, None where text or label is missing; raises UserError for what cannot be read."""
-    columns = Classify.columns(config)
-    if config.of == "token":
-        return _tagged(config, number, row, columns, predict)
-    texts = [text_of(row, 0, columns)]
-    if config.of == "choice" and isinstance(config.choices, str):
-        texts += _list(row, 1, columns, "texts") or []
-    else:
-        texts += [text_of(row, at, columns) for at in range(1, len(columns) - 1)]
-    if any(text is None for text in texts) or (config.of == "choice" and len(texts) < 3):
-        return None
-    known = tuple(text for text in texts if text is not None)
-    if predict:
-        return Item(number, known)
-    label = name_of(row, columns)
-    if label is None:
-        return None
-    place = _place(label, known[1:], row) if config.of == "choice" else _number(label, config.labels, row, columns)
-    return Item(number, known, target=place)
-
-
-def _tagged(config: Any, number: int, row: Row, columns: Sequence[str], predict: bool) -> Item | None:
-    words = _list(row, 0, columns, "words")
-    if not words:
-        return None
-    # White space within a word would make two of it.
-    words = ["_".join(word.split()) or "_" for word in words]
-    item = Item(number, (" ".join(words),), tuple(words))
-    if predict:
-        return item
-    tags = row[1][1].split() if isinstance(row[1][1], str) else row[1][1]
-    if tags is None:
-        return None
-    if not isinstance(tags, list):
-        raise wrong_type(row[0], columns[1], tags)
-    if len(tags) != len(words):
-        cause = f"has {count(len(words), 'word')} and {count(len(tags), 'label')}"
-        raise refuse(cause, f"column {columns[1]!r} must hold one for each word", place=row[0])
-    names = [name_of((row[0], [tag]), columns[-1:]) for tag in tags]
-    target = [IGNORE if name is None else _number(name, config.labels, row, columns) for name in names]
-    return Item(number, item.texts, item.words, target)
-
-
-def _list(row: Row, at: int, columns: Sequence[str], what: str) -> list[str] | None:
-    """A list of texts; one text is a list of its words."""
-    place, values = row
-    value = values[at]
-    if value is None:
-        return None
-    if isinstance(value, str) and what == "words":
-        return value.split()
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        held = f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
-        cause = f"column {columns[at]!r} holds {held}, not a list of {what}"
-        raise refuse(cause, "name a column that lists them", place=place)
-    return value
-
-
-def name_of(row: Row, columns: Sequence[str]) -> str | None:
-    """The name of the label in the last column, None where there is none; raises UserError for what is no label."""
-    place, values = row
-    value, column = values[-1], columns[-1]
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | str):
-        return str(value)
-    if isinstance(value, float):
-        raise refuse(f"column {column!r} holds {value}, and a label is a name or a whole number", place=place)
-    cause = f"column {column!r} holds {type(value).__name__}, and a row has one label"
-    raise refuse(cause, "name a column of labels", place=place)
-
-
-def _number(label: str, names: Sequence[str] | None, row: Row, columns: Sequence[str]) -> int:
-    if names is None:
-        return 0
-    if label not in names:
-        known = f"column {columns[-1]!r} holds the label {label!r}, which is none of the {len(names)} of the model"
-        raise refuse(known, did_you_mean(label, names), place=row[0])
-    return names.index(label)
-
-
-def _place(label: str, choices: Sequence[str], row: Row) -> int:
-    if label in choices:
-        return choices.index(label)
-    if label.isdecimal() and int(label) < len(choices):
-        return int(label)
-    cause = f"{label!r} is neither one of the {len(choices)} choices nor a number from 0 to {len(choices) - 1}"
-    raise refuse(cause, "name the column that says which is right with objective.label", place=row[0])
-
-
-def _names(config: Any, records: Records, column: str) -> tuple[str, ...]:
-    """The labels in the data, in order."""
-    found: Counter[str] = Counter()
-    for place, values in records.rows:
-        tags = values[-1]
-        if config.of == "token":
-            tags = tags.split() if isinstance(tags, str) else tags or []
-        for tag in tags if config.of == "token" and isinstance(tags, list) else [tags]:
-            name = name_of((place, [tag]), [column])
-            if name is not None:
-                found[name] += 1
-    if len(found) < 2:
-        only = f"only the label {next(iter(found))!r}" if found else "no label"
-        cause = f"column {column!r} holds {only} in {count(len(records.rows), 'row')}"
-        raise refuse(cause, "name another column with objective.label, or raise data.limit", path="objective.label")
-    if found.total() >= FEW and len(found) > found.total() / 2:
-        cause = f"column {column!r} holds {len(found):,} different values in {found.total():,}, which are no labels"
-        remedy = "name the column of labels with objective.label, or list them in objective.labels"
-        raise refuse(cause, remedy, path="objective.label")
-    whole = all(name.lstrip("-").isdecimal() for name in found)
-    return tuple(sorted(found, key=int) if whole else sorted(found))

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from xtcli.data.order import Ints
-from xtcli.data.readers import Row, shown, wrong_type
+from xtcli.data.readers import Row, shown
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.objectives.base import Objective, Sample
 from xtcli.objectives.frame import Frame
 from xtcli.objectives.words import count
-from xtcli.registry import Config as Base
 
 if TYPE_CHECKING:
     from xtcli.config.preset import Preset, Resolved
@@ -42,11 +41,11 @@ class Labelled(Objective):
         *,
         context: int,
         seed: int,
-        start: int | None,
-        pad: int | None,
-        segments: bool,
-        decoder: bool,
-        predict: bool,
+        start: int | None = None,
+        pad: int | None = None,
+        segments: bool = False,
+        decoder: bool = False,
+        predict: bool = False,
     ) -> None:
         super().__init__(tokenizer, context=context, seed=seed, multiple=min(config.multiple, context))
         self.config = config
@@ -110,15 +109,6 @@ class Labelled(Objective):
         return sample
 
 
-def text_of(row: Row, at: int, columns: Sequence[str]) -> str | None:
-    """The text in column number `at`, None where there is none; raises UserError for what is no text."""
-    place, values = row
-    value = values[at]
-    if value is not None and not isinstance(value, str):
-        raise wrong_type(place, columns[at], value)
-    return value or None
-
-
 def nothing_left(rows: Sequence[Row], columns: Sequence[str], why: str, validation: bool) -> UserError:
     """What to tell where no row can be used."""
     side = "data.validation" if validation else "data.source"
@@ -130,6 +120,8 @@ def settled_head(resolved: Resolved, head: str, labels: Sequence[str]) -> Any:
     """The preset with as many outputs of a head as there are labels; a head that states another number is refused."""
     preset = resolved.preset
     model: Any = preset.model
+    if head not in model.heads:
+        return preset  # what the objective needs is told by the caller, who knows all its heads
     path = f"model.heads.{head}.labels"
     stated = model.heads[head].labels
     if stated == len(labels):

@@ -66,7 +66,9 @@ class Heads(nn.Module):
             raise Impossible(
                 "heads",
                 f"{config.heads} heads do not divide dim {scope.dim}",
-                f"use {best[0]}, {best[1]} or {best[2]} heads, or state head_dim" if len(best) == 3 else "state head_dim",
+                f"use {best[0]}, {best[1]} or {best[2]} heads, or state head_dim"
+                if len(best) == 3
+                else "state head_dim",
             )
         self.heads, self.groups = config.heads, config.kv_heads or config.heads
         if self.heads % self.groups:

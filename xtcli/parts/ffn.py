@@ -1,7 +1,7 @@
 """Feed-forwards: each position on its own, (B, T, D) -> (B, T, D).
 
-    mlp    down(act(up(x)))                      Vaswani et al. 2017, arXiv:1706.03762
-    glu    down(act(gate(x)) * up(x))            Shazeer 2020, arXiv:2002.05202
+mlp    down(act(up(x)))                      Vaswani et al. 2017, arXiv:1706.03762
+glu    down(act(gate(x)) * up(x))            Shazeer 2020, arXiv:2002.05202
 """
 
 from __future__ import annotations

@@ -114,7 +114,10 @@ class Graph(nn.Module):
 
     def losses(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Term]:
         """The loss terms of aligned targets, by head; see data/batch.py."""
-        hidden = self.hidden(**inputs)
+        return self.terms(self.hidden(**inputs), targets)
+
+    def terms(self, hidden: Hidden, targets: Mapping[str, Tensor]) -> dict[str, Term]:
+        """`losses` of states that are already there."""
         terms = {}
         for name, wanted in targets.items():
             head: Head = self.heads[name]  # type: ignore[assignment]
@@ -302,8 +305,9 @@ class OneStack(Graph, Tower):
         state: ModelState | None = None,
         output_hidden_states: bool = False,
     ) -> Output:
-        """Inputs (B, T), or (B, choices, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
+        """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
 
+        Several texts to choose from come as (B, choices, T).
         attention_mask: 1 = real token. position_ids: places, from 0 unless given. document_ids: tokens of
         other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
         causal model. state: from `new_state`; then attention_mask covers past and new tokens.

@@ -233,7 +233,7 @@ class Span(Head):
         places = targets.masked_fill(targets >= hidden.states.shape[1], IGNORE)
         start = cross_entropy(out["start_logits"], places[:, 0])
         end = cross_entropy(out["end_logits"], places[:, 1])
-        return Term((start.sum + end.sum) / 2, torch.maximum(start.count, end.count))
+        return Term(start.sum + end.sum, start.count + end.count)
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         start, end = labels.get("start_positions"), labels.get("end_positions")

@@ -96,7 +96,9 @@ class All(Mask):
     class Config(Config):
         """Keys that every rule allows."""
 
-        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1)
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field(
+            "the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1
+        )
 
     @staticmethod
     def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
@@ -110,7 +112,9 @@ class Any(Mask):
     class Config(Config):
         """Keys that some rule allows."""
 
-        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field("the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1)
+        of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field(
+            "the rules", example=("causal", {"kind": "window", "left": 2}), min_length=1
+        )
 
     @staticmethod
     def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:

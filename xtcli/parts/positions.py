@@ -14,7 +14,7 @@ each attention and reads its queries and keys.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -155,5 +155,3 @@ class Relative(nn.Module):
         if self.key_term:
             scores = scores + torch.einsum("bhsd,tsd->bhts", k, vectors)
         return scores * self.factor  # type: ignore[no-any-return]
-
-

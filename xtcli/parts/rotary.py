@@ -164,7 +164,9 @@ class LongRopeScaling(Scaling):
     class Config(Config):
         """LongRoPE."""
 
-        short: Annotated[tuple[float, ...], Strict(False)] = field("divisors up to the original context", example=(1.0,) * 8)
+        short: Annotated[tuple[float, ...], Strict(False)] = field(
+            "divisors up to the original context", example=(1.0,) * 8
+        )
         long: Annotated[tuple[float, ...], Strict(False)] = field("divisors beyond it", example=(2.0,) * 8)
         original: int | None = field("context of pretraining; null = model.context", None, gt=0)
         factor: float | None = field("growth of the context, for the gain; null = context / original", None, gt=0)

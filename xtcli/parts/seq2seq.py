@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xtcli.parts.context import ModelState
 from xtcli.parts.embed import Tokens
@@ -118,9 +118,7 @@ class EncoderDecoder(Graph):
     ) -> Hidden:
         """Both sides at once, for training."""
         memory = self.encode(input_ids, attention_mask)
-        return self.decode(
-            decoder_input_ids, memory, attention_mask, None, decoder_attention_mask, source=input_ids
-        )
+        return self.decode(decoder_input_ids, memory, attention_mask, None, decoder_attention_mask, source=input_ids)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Decoder inputs (B, T) from labels (or the source): the start token in front, the last one dropped,

@@ -38,7 +38,9 @@ class StackConfig(Config):
     layers: int = field("number of blocks", gt=0, tiny=2)
     block: BlockConfig | None = field("the block that all layers repeat", None)
     blocks: dict[str, BlockConfig] | None = field("several blocks by name, placed by `pattern`", None)
-    pattern: Annotated[tuple[str, ...], Strict(False)] | None = field("names of `blocks`, repeated over the layers", None)
+    pattern: Annotated[tuple[str, ...], Strict(False)] | None = field(
+        "names of `blocks`, repeated over the layers", None
+    )
     position: PositionSlot = field("position that the attentions inherit", positions.NONE)
     norm: NormSlot = field("norm after the last block", norms.INHERIT)
     dropout: float = field("dropout after the last norm", 0.0, ge=0, lt=1)
@@ -46,7 +48,9 @@ class StackConfig(Config):
     @model_validator(mode="after")
     def _one_source_of_blocks(self) -> Self:
         if (self.block is None) == (self.blocks is None):
-            raise PydanticCustomError("stack_blocks", "needs either 'block' or 'blocks' with 'pattern', not both or neither")
+            raise PydanticCustomError(
+                "stack_blocks", "needs either 'block' or 'blocks' with 'pattern', not both or neither"
+            )
         if (self.blocks is None) != (self.pattern is None):
             raise PydanticCustomError("stack_pattern", "'blocks' and 'pattern' belong together")
         for name in self.pattern or ():
@@ -58,7 +62,9 @@ class StackConfig(Config):
                 )
         for name in self.blocks or {}:
             if name not in (self.pattern or ()):
-                raise PydanticCustomError("stack_pattern", "block {name} stands nowhere in pattern", {"name": repr(name)})
+                raise PydanticCustomError(
+                    "stack_pattern", "block {name} stands nowhere in pattern", {"name": repr(name)}
+                )
         return self
 
     def tiny(self) -> Self:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -82,6 +83,28 @@ def load_tensors(folder: Path, stem: str, device: torch.device | str = "cpu") ->
     return state
 
 
+def find_tensors(folder: Path, stem: str = WEIGHTS) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file of each tensor that `save_tensors` wrote, and the ties {name: stored name}; no tensor is read."""
+    single = folder / f"{stem}.safetensors"
+    if single.exists():
+        with open_tensors(single) as file:
+            return dict.fromkeys(file.keys(), single), _read_ties(file.metadata() or {}, single)
+    index, ties = _read_index(folder, stem)
+    return {name: folder / shard for name, shard in index.items()}, ties
+
+
+@contextmanager
+def open_tensors(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, open for reading tensor by tensor; raises UserError where it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except FileNotFoundError:
+        raise refuse("the file is missing", place=str(path)) from None
+    except safetensors.SafetensorError as error:
+        raise refuse(f"not a whole safetensors file ({error})", "copy it anew", place=str(path)) from None
+
+
 def find_ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Each name whose tensor is, in every element, the same memory as that of an earlier name, with that name."""
     first: dict[tuple[Any, ...], str] = {}
@@ -130,13 +153,8 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise refuse("the file is missing", place=str(path)) from None
-    except safetensors.SafetensorError as error:
-        raise refuse(f"not a whole safetensors file ({error})", "copy it anew", place=str(path)) from None
+    with open_tensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:

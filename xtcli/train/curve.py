@@ -10,8 +10,20 @@ DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """Bit of the dot in column x, row y of a braille character."""
 
 
-def curve(points: Sequence[tuple[int, float]], width: int, height: int, unit: str = "") -> list[str]:
+def curve(
+    points: Sequence[tuple[int, float]],
+    width: int,
+    height: int,
+    unit: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    first: int | None = None,
+    last: int | None = None,
+) -> list[str]:
     """Draw (step, value) points in step order as `height` lines and a last one with the steps, `width` cells wide.
+
+    The axes span the points, or what `low` to `high` and `first` to `last` say, which must hold every point.
 
     Points of one column of dots are averaged, columns without any are crossed in a straight line,
     values that are not finite are left out. Empty when there is nothing to draw or no room.
@@ -19,13 +31,15 @@ def curve(points: Sequence[tuple[int, float]], width: int, height: int, unit: st
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite or height < 1:
         return []
-    low, high = min(value for _, value in finite), max(value for _, value in finite)
+    low = min(value for _, value in finite) if low is None else low
+    high = max(value for _, value in finite) if high is None else high
     labels = [f"{high:.3g}{unit}", f"{low:.3g}{unit}"]
     margin = max(map(len, labels)) + 1
     columns, rows = 2 * (width - margin), 4 * height
     if columns < 2:
         return []
-    first, last = points[0][0], points[-1][0]
+    first = points[0][0] if first is None else first
+    last = points[-1][0] if last is None else last
     bins: list[list[float]] = [[] for _ in range(columns)]
     for step, value in finite:
         bins[(step - first) * (columns - 1) // max(1, last - first)].append(value)

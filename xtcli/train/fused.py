@@ -56,5 +56,5 @@ class Kernels(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             written_out = self.device == "cpu" and kwargs.get("dropout_p", 0.0) > 0
             if not written_out:
-                return _Attention.apply(*args[:3], kwargs.get("attn_mask"))
+                return _Attention.apply(*args[:3], kwargs.get("attn_mask"))  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)

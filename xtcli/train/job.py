@@ -18,10 +18,13 @@ from xtcli.config.preset import Resolved
 from xtcli.data.batch import Batch
 from xtcli.data.loader import validation_batches
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
-from xtcli.model import Model, skeleton
+from xtcli.model import Model, build, skeleton
 from xtcli.parts.graphs import Graph
 from xtcli.registry import part_of
+from xtcli.train import initial
 from xtcli.train.device import Place, choose
+from xtcli.train.initial import Fit
+from xtcli.train.lora import adapt
 from xtcli.train.optim import optimizer_bytes
 from xtcli.train.plan import Plan, make_plan
 
@@ -31,7 +34,8 @@ DEFAULT_CONTEXT = 512
 
 @dataclass
 class Job:
-    """What the loop works with. `validation` is None where nothing is held out."""
+    """What the loop works with. `validation` is None where nothing is held out; `fit` tells which weights a run
+    that starts now takes from a checkpoint."""
 
     resolved: Resolved
     place: Place
@@ -42,6 +46,7 @@ class Job:
     skeleton: Graph
     plan: Plan
     checkpoint_bytes: int
+    fit: Fit | None = None
 
     @property
     def config(self) -> Any:
@@ -55,19 +60,31 @@ class Job:
         return validation_batches(self.validation, batch=rows, limit=limit)
 
 
-def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
-    """Check, read and plan; raises UserError for whatever stands in the way. Takes no weights into memory."""
+def make_job(resolved: Resolved, talk: Callable[[str], None], *, started: bool = False) -> Job:
+    """Check, read and plan; raises UserError for whatever stands in the way. Takes no weights into memory.
+
+    What only the data or the checkpoint of `train.init` can tell is settled in the job's preset. With `started` the
+    weights are those of the run, and that checkpoint is not needed.
+    """
+    place = choose(resolved.preset.train)
+    fit = None
+    if resolved.preset.train.init is not None and not started:
+        resolved = initial.settle(resolved)
+        initial.compare(skeleton(resolved), resolved)  # refused before any text is read
+    kind: Any = part_of(resolved.preset.objective)
+    resolved, tokenizer, store = kind.prepare(resolved, skeleton(resolved))
+    model = skeleton(resolved)
+    if resolved.preset.train.init is not None and not started:
+        fit = initial.compare(model, resolved)
+        for line in fit.report():
+            talk(line)
+    resolved = _adapted(resolved, model, fit, talk)
     preset = resolved.preset
     config = preset.train
-    place = choose(config)
-    model = skeleton(resolved)
-    kind = part_of(preset.objective)
-    from xtcli.data.prepare import prepare
-
-    tokenizer, store = prepare(preset.data, preset.tokenizer, seed=config.seed, columns=kind.streams)  # type: ignore[attr-defined]
     _vocab_fits(tokenizer, resolved)
     context = _context(resolved, model)
     options: dict[str, Any] = {"context": context, "seed": config.seed, "start": _start(model, tokenizer)}
+    options |= kind.facts(model)
     objective = kind(preset.objective, store.split("train"), tokenizer, **options)
     held_out = store.split("validation")
     validation = None
@@ -87,7 +104,23 @@ def make_job(resolved: Resolved, talk: Callable[[str], None]) -> Job:
         device=place.device.type,
     )
     size = 4 * plan.parameters + optimizer_bytes(model)
-    return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size)
+    return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size, fit)
+
+
+def _adapted(resolved: Resolved, model: Graph, fit: Fit | None, talk: Callable[[str], None]) -> Resolved:
+    """The preset with the settled `train.lora`, whose adapters are put on the skeleton."""
+    config = resolved.preset.train.lora
+    if config is None:
+        return resolved
+    if config.whole is None:
+        config = config.model_copy(update={"whole": () if fit is None else fit.modules()})
+        resolved = complete(resolved, lora=config)
+    layers = adapt(model, config, place=resolved.place("train.lora"))
+    whole = f"; trained whole: {', '.join(config.whole or ())}" if config.whole else ""
+    talk(f"adapters of rank {config.rank} on {len(layers)} linear layers{whole}")
+    if resolved.preset.train.init is None:
+        talk("without train.init the weights under the adapters are random and stay so")
+    return resolved
 
 
 def _heads_fit(batch: Batch, model: Graph, resolved: Resolved) -> None:
@@ -138,13 +171,19 @@ def _start(model: Model, tokenizer: Any) -> int | None:
 
 
 def with_weights(job: Job, weights: dict[str, torch.Tensor] | None) -> Model:
-    """The model in memory on its device: fresh weights from the seed, or the given ones."""
-    from xtcli.model import build
-
-    seed = job.config.seed
+    """The model in memory on its device, adapters included: the weights with which a run starts, or the given ones."""
+    config, seed = job.config, job.config.seed
     if weights is None:
-        return build(job.resolved, seed=seed, device="cpu").to(job.place.device)
-    model = skeleton(job.resolved).to_empty(device=job.place.device)
+        model = build(job.resolved, seed=seed, device="cpu")
+        if job.fit is not None:
+            initial.fill(model, job.fit)
+        if config.lora is not None:
+            adapt(model, config.lora, seed)
+        return model.to(job.place.device)
+    model = skeleton(job.resolved)
+    if config.lora is not None:
+        adapt(model, config.lora)
+    model.to_empty(device=job.place.device)
     with torch.no_grad():
         model.load_state_dict(weights, strict=True)
     return model

@@ -183,13 +183,14 @@ class Trainer:
         self.view.step(line)
 
     def validate(self, stopper: Stopper) -> None:
-        """Mean loss of the held-out batches, without touching any random state; gives way to a stop."""
+        """Mean loss and scores of the held-out batches, without touching any random state; gives way to a stop."""
         step = self.progress.step
         if self.job.validation is None:
             self.done.validated = step
             return
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
+        scorer = self.job.validation.scorer()
         self.model.eval()
         try:
             for rows in self.job.validation_batches():
@@ -197,7 +198,10 @@ class Trainer:
                     return
                 rows = rows.to(self.place.device)
                 with torch.no_grad(), self.place.amp():
-                    terms = self.model.losses(rows.inputs, rows.targets)
+                    hidden = self.model.hidden(**rows.inputs)
+                    terms = self.model.terms(hidden, rows.targets)
+                    if scorer is not None:
+                        scorer.add(rows, {head: self.model.heads[head].outputs(hidden) for head in terms})  # type: ignore[operator]
                 for head, term in terms.items():
                     sums[head] = sums.get(head, 0.0) + float(term.sum)
                     counts[head] = counts.get(head, 0) + int(term.count)
@@ -207,6 +211,8 @@ class Trainer:
         line: dict[str, Any] = {"step": step, "val_loss": sum(losses.values()), "val_tokens": sum(counts.values())}
         if len(losses) > 1:
             line["val_losses"] = losses
+        if scorer is not None:
+            line |= {f"val_{name}": score for name, score in scorer.result().items()}
         if self.progress.best is not None:
             line["best"] = self.progress.best
         self.done.validated, self.done.val_loss = step, line["val_loss"]

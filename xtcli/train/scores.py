@@ -16,9 +16,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from xtcli.data.batch import IGNORE, Batch
@@ -110,3 +112,83 @@ def word_f1(predicted: str, expected: str) -> float:
         return float(ours == theirs)
     shared = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * shared / (len(ours) + len(theirs))
+
+
+class SpanScores:
+    """Exact match and F1 of the answers of an `Extract` objective, each the best of all windows of its question."""
+
+    def __init__(self, objective: Any) -> None:
+        self.objective = objective
+        self.best: dict[int, Span] = {}
+        self.none: dict[int, Span] = {}
+
+    def add(self, batch: Batch, outputs: Outputs) -> None:
+        (found,) = outputs.values()
+        self.look(batch.ids, found["start_logits"].float(), found["end_logits"].float())
+
+    def look(self, windows: Sequence[int], start: Tensor, end: Tensor) -> None:
+        """Take note of the logits (B, T) of some windows."""
+        objective = self.objective
+        places = [objective.places(window) for window in windows]
+        inside = torch.zeros_like(start, dtype=torch.bool)
+        for row, place in enumerate(places):
+            inside[row, place.start : place.stop] = True
+        chances = _shares(start, inside), _shares(end, inside)
+        scores, first, last = (part.tolist() for part in best_spans(start, end, inside, objective.config.longest))
+        nothing = (start[:, 0] + end[:, 0]).tolist()
+        for row, window in enumerate(windows):
+            question = objective.windows[window].question
+            empty = Span(nothing[row], 0, 0, float(chances[0][row, 0] * chances[1][row, 0]))
+            # What speaks for an answer in any window speaks against none: the least of the windows counts.
+            if question not in self.none or empty.score < self.none[question].score:
+                self.none[question] = empty
+            if scores[row] == -float("inf"):
+                continue
+            chance = float(chances[0][row, first[row]] * chances[1][row, last[row]])
+            span = Span(scores[row], *objective.characters(window, first[row], last[row]), chance)
+            if question not in self.best or span.score > self.best[question].score:
+                self.best[question] = span
+
+    def answer(self, question: int) -> Span:
+        """The answer to a question that was looked at; its text is empty where none is the best."""
+        none = self.none[question]
+        best = self.best.get(question, none)
+        return none if self.objective.config.unanswerable and none.score > best.score else best
+
+    def result(self) -> dict[str, float]:
+        scores = AnswerScores()
+        for number in self.none:
+            span, question = self.answer(number), self.objective.questions[number]
+            scores.count(question.context[span.start : span.end], question.answers)
+        return scores.result()
+
+
+@dataclass(frozen=True)
+class Span:
+    """An answer: characters [start, end) of the context, and how likely it is within its window."""
+
+    score: float
+    start: int
+    end: int
+    probability: float
+
+
+def best_spans(start: Tensor, end: Tensor, inside: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest start[i] + end[j] with i <= j < i + longest, both inside: scores, i and j, each (B,)."""
+    begin, close = (logits.masked_fill(~inside, -float("inf")) for logits in (start, end))
+    length = start.shape[1]
+    scores = torch.full_like(start[:, 0], -float("inf"))
+    first, last = (torch.zeros_like(scores, dtype=torch.long) for _ in range(2))
+    for more in range(min(longest, length)):
+        best, at = (begin[:, : length - more] + close[:, more:]).max(1)
+        better = best > scores
+        scores = torch.where(better, best, scores)
+        first, last = torch.where(better, at, first), torch.where(better, at + more, last)
+    return scores, first, last
+
+
+def _shares(logits: Tensor, inside: Tensor) -> Tensor:
+    """The probabilities of the places inside and of place 0, which says that there is no answer."""
+    open = inside.clone()
+    open[:, 0] = True
+    return logits.masked_fill(~open, -float("inf")).softmax(-1)

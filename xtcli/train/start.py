@@ -27,7 +27,17 @@ from xtcli.train.view import View, make_view
 
 Record = Callable[[dict[str, Any]], None]
 
-FIXED = ("model", "objective", "tokenizer", "data", "train.seed", "train.context", "train.batch")
+FIXED = (
+    "model",
+    "objective",
+    "tokenizer",
+    "data",
+    "train.seed",
+    "train.context",
+    "train.batch",
+    "train.init",
+    "train.lora",
+)
 """What a resumed run cannot change: other weights, other text or another order of it."""
 
 
@@ -45,13 +55,13 @@ def describe(job: Job) -> dict[str, str]:
 def new(
     resolved: Resolved, *, out: Path | None, command: Sequence[str], record: Record, talk: Callable[[str], None]
 ) -> tuple[int, Path]:
-    """Train a preset from fresh weights; returns the exit code and the run's folder."""
+    """Train a preset from fresh weights or those of `train.init`; returns the exit code and the run's folder."""
     job = make_job(resolved, talk)
     talk(check_disk(out or Path("runs") / resolved.name, job.checkpoint_bytes, job.config.keep, best=job.config.keep_best))
     with Stopper() as stopper:
         run = Run.create(
             resolved.name,
-            preset_yaml=resolved.to_yaml(),
+            preset_yaml=job.resolved.to_yaml(),
             command=command,
             environment=_environment(job),
             out=out,
@@ -68,8 +78,8 @@ def resume(
     """Go on with a run from its newest whole checkpoint, or from its beginning when it has none yet."""
     with Stopper() as stopper, Run.open(path) as run:
         resolved = _changed(path, overrides, talk)
-        job = make_job(resolved, talk)
         started = bool(checkpoints(path))
+        job = make_job(resolved, talk, started=started)
         weights, state, step = None, None, 0
         if started:
             folder = run.newest()
@@ -77,7 +87,7 @@ def resume(
             weights, state, step = loaded.weights, loaded.trainer, step_of(folder) or 0
         run.rewind(step)
         if overrides:
-            run.change_preset(step, resolved.to_yaml())
+            run.change_preset(step, job.resolved.to_yaml())
         for difference in run.resumed(step, command, _environment(job)):
             talk(f"not the same as at the start: {difference}")
         view = make_view(job.config.steps)

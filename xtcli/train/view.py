@@ -28,6 +28,7 @@ from xtcli.train.curve import curve
 
 MIN_WIDTH, MIN_HEIGHT = 50, 20
 CURVE_HEIGHT, SAMPLE_LINES = 8, 4
+SCORES = {"val_accuracy": "accuracy", "val_exact_match": "exact match", "val_f1": "F1"}
 HISTORY = 2000
 """Points of the curve that are kept; beyond it, neighbours are averaged."""
 
@@ -172,10 +173,13 @@ def measures(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def validation_text(metrics: Mapping[str, Any]) -> str:
-    """A validation in words: the loss, its perplexity where that is a readable number, and whether it is the best."""
+    """A validation in words: the loss, and whether it is the best; the scores, or else a readable perplexity."""
     loss = metrics["val_loss"]
     text = f"validation loss {loss:.4f} nats"
-    if math.isfinite(loss) and loss < 20:
+    scores = [f"{words} {100 * metrics[key]:.1f} %" for key, words in SCORES.items() if key in metrics]
+    if scores:
+        text += f" ({', '.join(scores)})"
+    elif math.isfinite(loss) and loss < 20:
         text += f" (perplexity {math.exp(loss):,.2f})"
     best = metrics.get("best")
     if best is not None:

@@ -75,7 +75,6 @@ PROBLEM = Key(
 """How labels are to be read; null = by their number and type."""
 
 
-
 def _dropout(options: Options) -> float:
     for key in ("classifier_dropout", "hidden_dropout"):
         rate = options.get(key, float, None)
@@ -87,7 +86,9 @@ def _dropout(options: Options) -> float:
 LABEL_DROPOUT = Custom(_dropout, lambda value, found: found.update(classifier_dropout=value))
 """Dropout before the labels of tokens, of families that have two keys for it and else 0.1."""
 
-PAD = Key("pad_token_id", int, None, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v))
+PAD = Key(
+    "pad_token_id", int, None, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
+)
 START = Key("decoder_start_token_id", int, None)
 
 

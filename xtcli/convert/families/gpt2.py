@@ -84,7 +84,6 @@ def _template(form: Form) -> dict[str, Any]:
     }
 
 
-
 def _projection(options: Options) -> str:
     to_labels = options.get("summary_proj_to_labels", bool, True)
     return ("score" if to_labels else "states") if options.get("summary_use_proj", bool, True) else "none"
@@ -96,7 +95,12 @@ def _write_projection(value: Any, found: dict[str, Any]) -> None:
 
 LM = {"tied": TIED}
 SUMMARY = {
-    "pick": Key("summary_type", str, "cls_index", code=table({"cls_index": "given", "last": "last", "first": "first", "mean": "mean"})),
+    "pick": Key(
+        "summary_type",
+        str,
+        "cls_index",
+        code=table({"cls_index": "given", "last": "last", "first": "first", "mean": "mean"}),
+    ),
     "project": Custom(_projection, _write_projection),
     "act": Key("summary_activation", str, None, code=activation(None)),
     "dropout": Key("summary_first_dropout", float, 0.1),
@@ -141,7 +145,7 @@ def _trunk(config: Config) -> Sequence[Rule]:
     )
 
 
-def _ties(config: Config, prefix: str) -> Mapping[str, str]:
+def _ties(config: Any, prefix: str) -> Mapping[str, str]:
     lm = config.heads.get("lm")
     return {"lm_head.weight": f"{prefix}wte.weight"} if lm is not None and lm.tied else {}
 

@@ -88,11 +88,10 @@ def _original(node: dict[str, Any], original: int | None, options: Options) -> N
 
 
 def _dump(value: Any, found: dict[str, Any]) -> None:
-    for name, (kind, fields, _) in _KINDS.items():
-        if kind == value["kind"]:
-            break
-    else:
+    name = next((name for name, (kind, *_) in _KINDS.items() if kind == value["kind"]), None)
+    if name is None:
         raise Unexpressed(f"no rope_scaling stands for '{value['kind']}'")
+    kind, fields, _ = _KINDS[name]
     if kind == "none":
         found["rope_scaling"] = None
         return

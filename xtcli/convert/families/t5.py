@@ -9,7 +9,6 @@ from xtcli.convert.families.common import LABELS, PAD, PROBLEM, START, TWO_OUTPU
 from xtcli.convert.family import Family, Form, Shapes
 from xtcli.convert.options import Custom, Key, Options, Unexpressed, table
 from xtcli.convert.rules import Rule, layer, one
-from xtcli.registry import Config
 
 DROPOUT = Key("dropout_rate", float, 0.1)
 LAYERS = Key("num_layers", int, 6, ("num_hidden_layers",))
