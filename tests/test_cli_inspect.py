@@ -72,14 +72,14 @@ train  steps 1000, lr 0.0003
 
 def test_a_preset_is_shown_with_what_it_states_and_its_parameters() -> None:
     out, err = xt("inspect", "mine.yaml", "model.dim=48")
-    assert out == OUTLINE
+    assert out.startswith(OUTLINE)
     assert err == "next: xt train mine.yaml model.dim=48 --dry-run\n"
 
 
 def test_published_counts_are_compared() -> None:
-    assert xt("inspect", "gpt2-small")[0].endswith("124,439,808 parameters, as published\n")
+    assert xt("inspect", "gpt2-small")[0].count("\n124,439,808 parameters, as published\n") == 1
     Path("wrong.yaml").write_text(BASE)
-    assert xt("inspect", "wrong.yaml")[0].endswith(" parameters, but 11 were published\n")
+    assert xt("inspect", "wrong.yaml")[0].count(" parameters, but 11 were published\n") == 1
 
 
 def test_resolved_is_the_whole_yaml_with_origins() -> None:

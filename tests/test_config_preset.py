@@ -221,6 +221,7 @@ REFERENCES = [
         "there is no file 'elsewhere/gpt2-small.yaml'; did you mean the preset 'gpt2-small'?",
     ),
     ("gpt2-smol", "there is no preset 'gpt2-smol'; did you mean 'gpt2-small'?"),
+    ("bert", "there is no preset 'bert'; did you mean one of: bert-base, bert-large?"),
     ("zzz", "there is no preset 'zzz'; `xt inspect` lists them; a file's name ends in .yaml"),
     ("hollow", "the folder 'hollow' holds no preset.yaml; name a preset, its file, or a run or checkpoint folder"),
 ]

@@ -1,4 +1,4 @@
-"""Sources: bytes in = bytes out, rows of each format, what identifies a source, and each mistake in one sentence."""
+"""Sources (DA-7, DA-8): bytes in = bytes out, rows of each format, what identifies a source, each mistake in one sentence."""
 
 from __future__ import annotations
 

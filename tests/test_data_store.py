@@ -1,4 +1,4 @@
-"""The token store: nothing stale, nothing damaged, nothing half; splits that are pure functions; counts that are told."""
+"""The token store (DA-1, DA-4, DA-6): nothing stale, damaged or half; splits are pure functions; counts are told."""
 
 from __future__ import annotations
 

@@ -218,6 +218,8 @@ def test_roles_by_customary_names(tmp_path: Path) -> None:
     made.save(str(tmp_path / "t.json"))
     assert Tokenizer.load(tmp_path / "t.json").special == {"bos": 1, "mask": 2}
     assert Tokenizer.load(tmp_path / "t.json", {"eos": "<s>"}).special == {"bos": 1, "eos": 1, "mask": 2}
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<s>"}, "pad_token": "<gone>"}')
+    assert Tokenizer.load(tmp_path / "t.json").special == {"eos": 1}
 
 
 @settings(max_examples=150)

@@ -48,6 +48,17 @@ def test_rows_do_not_know_each_other(name: str, sampling: Sampling) -> None:
         assert facts(alone.written[row]) == facts(together.written[row])
 
 
+def test_rows_that_end_early_leave_the_others_alone() -> None:
+    model, prompts = lively("rotary", VOCAB), ["a" * 60, "hello", "b" * 61, "c" * 30]
+    for sampling in (Sampling(temperature=0, repetition_penalty=1.6), HOT):
+        together = write(model, *prompts, sampling=sampling, seed=1, max_tokens=99)
+        sizes = [len(written.tokens) for written in together.written]
+        assert sizes[2] == 3 and sizes[0] == 4 and min(sizes[1], sizes[3]) > 30
+        for row, prompt in enumerate(prompts):
+            alone = write(model, *["z"] * row, prompt, sampling=sampling, seed=1, max_tokens=99)
+            assert facts(alone.written[row]) == facts(together.written[row])
+
+
 def test_samples_of_a_prompt() -> None:
     model = lively("rotary", VOCAB)
     four = write(model, "ab", sampling=HOT, seed=3, samples=4)
@@ -337,8 +348,8 @@ class TestFill:
 @pytest.mark.parametrize(
     ("graph", "config", "message"),
     [
-        ("decoder", {**DECODERS["learned"], "heads": {"token": {}}}, "the model has no language-model head"),
-        ("encoder", {**ENCODER, "heads": {"token": {}}}, "has no head that fills masks (heads: token)"),
+        ("decoder", {**DECODERS["learned"], "heads": {}}, "the model has no language-model head"),
+        ("encoder", {**ENCODER, "heads": {}}, "has no head that fills masks (heads: none)"),
         ("encoder-decoder", {**PAIR, "heads": {}}, "the model has no language-model head (heads: none)"),
     ],
 )
@@ -357,3 +368,11 @@ def test_sentinels_in_a_source() -> None:
     first, second = tokenizer.sentinels[:2]
     word = tokenizer.encode
     assert ids == [*word("the"), first, *word(" sat"), second, *word(" mat"), tokenizer.special["eos"]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{"sampling": GREEDY}, {"sampling": HOT, "seed": 1}, {"beams": 3}], ids=str)
+@pytest.mark.parametrize("name", ["learned", "rotary-dynamic"])
+def test_gpu_writes_as_the_cpu(name: str, options: dict[str, Any]) -> None:
+    wanted = texts(write(lively(name, VOCAB), *PROMPTS, **options))
+    assert texts(write(lively(name, VOCAB).to("cuda"), *PROMPTS, **options)) == wanted

@@ -81,7 +81,9 @@ def test_head_gives_outputs_and_a_loss_that_reaches_it(kind: str) -> None:
     assert torch.isfinite(loss) and loss > 0
     loss.backward()
     # One bias for all choices moves every score alike, which the softmax over choices cannot see.
-    seen = [p for name, p in model.heads.named_parameters() if name not in ("choice.classifier.bias", "summary.dense.bias")]
+    seen = [
+        p for name, p in model.heads.named_parameters() if name not in ("choice.classifier.bias", "summary.dense.bias")
+    ]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in seen)
     bare = model(input_ids=given)
     assert bare.loss is None and "loss" not in bare

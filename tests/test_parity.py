@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Case, compared, describe, feeds, reference
+from references import Case, compared, describe, feeds, ids, mask, reference
 from torch import Tensor
 
 from xtcli.convert.engine import state_of
@@ -163,3 +163,54 @@ def test_equals_the_reference(case: Case) -> None:
     for feed, given in feeds(case, theirs).items():
         off = {name: value for name, value in difference(theirs, ours, given).items() if not value <= TOLERANCE}
         assert not off, (feed, off)
+
+
+LONG_ENOUGH = {
+    "gpt2": {"n_positions": 260},
+    "llama": {"num_key_value_heads": 2},
+    "bert": {"max_position_embeddings": 260},
+    "t5": {},
+}
+MAIN = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "BertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+}
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """The largest Kullback-Leibler divergence of two rows of logits, in float64."""
+    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).max())
+
+
+def logits(theirs: Any, ours: Model, length: int) -> tuple[Tensor, Tensor]:
+    given = {"input_ids": ids(2, length), "attention_mask": mask(2, length, "right")}
+    if theirs.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids(2, length, 5)
+    with torch.no_grad():
+        return compared(given, theirs(**given))["logits"], compared(given, ours(**given))["logits"]
+
+
+@pytest.mark.parametrize("length", [1, 17, 257])
+@pytest.mark.parametrize("family", MAIN)
+def test_distributions_are_the_reference_s(family: str, length: int) -> None:
+    theirs = reference(Case(MAIN[family], LONG_ENOUGH[family]))
+    expected, found = logits(theirs, converted(theirs, family), length)
+    assert float((expected - found).abs().max()) <= 1e-4
+    assert divergence(expected, found) <= 1e-9
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_wrong_order_of_rotary_rows_is_far_outside(kv_heads: int) -> None:
+    theirs = reference(Case("LlamaForCausalLM", {"num_key_value_heads": kv_heads}))
+    ours = converted(theirs, "llama")
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith(("attn.q.weight", "attn.k.weight")):
+                heads = parameter.unflatten(0, (-1, 2, 3))  # pairs (i, i + r/2) as pairs (2i, 2i + 1)
+                parameter.copy_(heads.transpose(1, 2).flatten(0, 2))
+    expected, found = logits(theirs, ours, 17)
+    assert float((expected - found).abs().max()) > 1e-2
+    assert divergence(expected, found) > 1e-6

@@ -98,7 +98,11 @@ def cases() -> list[Any]:
                 "blocks": {
                     "near": {
                         "sublayers": {
-                            "attn": {"kind": "attention", "heads": 4, "mask": {"kind": "window", "left": 3, "right": 3}},
+                            "attn": {
+                                "kind": "attention",
+                                "heads": 4,
+                                "mask": {"kind": "window", "left": 3, "right": 3},
+                            },
                             "ffn": {"kind": "glu", "hidden": 64},
                         }
                     },

@@ -253,7 +253,10 @@ BAD = {
     "not a run": (["hollow"], "hollow"),
     "wrong device": (["gpt2-nano", "train.device=cuda"], "cuda"),
     "small vocabulary": (["gpt2-nano", "model.vocab=100", *QUICK, "data=good.txt"], "model.vocab"),
-    "head missing": (["gpt2-nano", "objective={kind: mlm}", MARKED, "train.context=32", "data=good.txt"], "the head 'mlm'"),
+    "head missing": (
+        ["gpt2-nano", "objective={kind: mlm}", MARKED, "train.context=32", "data=good.txt"],
+        "the head 'mlm'",
+    ),
 }
 
 

@@ -132,7 +132,9 @@ def _check(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> No
     wanted = model.state_dict()
     problems = []
     for name in sorted(set(wanted) - set(state)):
-        problems.append(Problem(f"tensor '{name}' is missing", str(folder), remedy=did_you_mean(name, set(state) - set(wanted))))
+        problems.append(
+            Problem(f"tensor '{name}' is missing", str(folder), remedy=did_you_mean(name, set(state) - set(wanted)))
+        )
     for name in sorted(set(state) - set(wanted)):
         problems.append(Problem(f"tensor '{name}' has no place in the model", str(folder)))
     for name in sorted(set(state) & set(wanted)):

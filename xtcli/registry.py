@@ -35,9 +35,7 @@ class Config(BaseModel):
     kind: ClassVar[str] = ""
 
 
-def field(
-    doc: str, default: Any = ..., *, tiny: int | None = None, example: Any = None, **constraints: Any
-) -> Any:
+def field(doc: str, default: Any = ..., *, tiny: int | None = None, example: Any = None, **constraints: Any) -> Any:
     """A config field: its one-line meaning, default and constraints.
 
     tiny: the cap that `--tiny` puts on it. example: a value for tests of a part that has no default here.
@@ -61,7 +59,7 @@ def example(config: type[Config]) -> dict[str, Any]:
 UNIONS = {"sublayer": ("mixer", "ffn")}
 """Slots that take the kinds of several others: a block joins mixers and feed-forwards alike."""
 
-_tables: dict[str, dict[str, type]] = {}
+_tables: dict[str, dict[str, type[Any]]] = {}
 _loaded: list[str] = []
 
 Part = TypeVar("Part", bound=type)
@@ -74,10 +72,12 @@ def part(slot: str, kind: str) -> Callable[[Part], Part]:
         kinds = _tables.setdefault(slot, {})
         if kind in kinds and kinds[kind].__qualname__ != cls.__qualname__:
             raise AssertionError(f"{slot} has two kinds named {kind!r}")
-        config = cls.__dict__.get("Config")
+        owner: Any = cls
+        config = owner.__dict__.get("Config")
         if config is None:
-            config = type("Config", (cls.Config,), {"__module__": cls.__module__, "__doc__": cls.Config.__doc__})
-            cls.Config = config
+            inherited = {"__module__": owner.__module__, "__doc__": owner.Config.__doc__}
+            config = type("Config", (owner.Config,), inherited)
+            owner.Config = config
         config.slot, config.kind = slot, kind
         config.__name__ = cls.__name__ + "Config"
         kinds[kind] = cls
@@ -86,7 +86,7 @@ def part(slot: str, kind: str) -> Callable[[Part], Part]:
     return register
 
 
-def kinds(slot: str) -> Mapping[str, type]:
+def kinds(slot: str) -> Mapping[str, type[Any]]:
     """The kinds of one slot, by name."""
     _load()
     if slot in UNIONS:
@@ -94,13 +94,13 @@ def kinds(slot: str) -> Mapping[str, type]:
     return _tables.get(slot, {})
 
 
-def slots() -> Mapping[str, Mapping[str, type]]:
+def slots() -> Mapping[str, Mapping[str, type[Any]]]:
     """Every slot with its kinds."""
     _load()
     return _tables
 
 
-def part_of(config: Config) -> type:
+def part_of(config: Config) -> Any:
     """The class that a slot's config builds."""
     return _tables[config.slot][config.kind]
 
@@ -131,7 +131,9 @@ class Slot:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping):
-            raise PydanticCustomError("slot_type", "should be a kind of {slot} or a map with 'kind'", {"slot": self.name})
+            raise PydanticCustomError(
+                "slot_type", "should be a kind of {slot} or a map with 'kind'", {"slot": self.name}
+            )
         fields = dict(value)
         kind = fields.pop("kind", self.default)
         if kind is None:
@@ -164,7 +166,9 @@ class Kinds:
     def validate(self, value: Any) -> dict[str, Config]:
         """A config for each key; an unknown kind is an unknown key."""
         if not isinstance(value, Mapping):
-            raise PydanticCustomError("slot_type", "should be a map from kinds of {slot} to their fields", {"slot": self.name})
+            raise PydanticCustomError(
+                "slot_type", "should be a map from kinds of {slot} to their fields", {"slot": self.name}
+            )
         table = kinds(self.name)
         fields: dict[str, Any] = {kind: (Annotated[Config | None, _OneKind(cls)], None) for kind, cls in table.items()}
         node = create_model(self.name, __base__=Config, **fields)
@@ -206,7 +210,7 @@ def tree(config: Any) -> Any:
     return config
 
 
-def find(slot: str, kind: str) -> type:
+def find(slot: str, kind: str) -> Any:
     """The class registered as `kind` of `slot`; raises UserError with the nearest name."""
     table = kinds(slot)
     if kind not in table:

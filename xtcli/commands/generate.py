@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from xtcli.generate.options import Answer, Options
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TASKS = {"continue": "continues the prompt", "map": "maps the prompt", "fill": "fills masks"}
+TASKS = {
+    "continue": "continues the prompt",
+    "map": "maps the prompt",
+    "fill": "fills masks",
+    "label": "labels the prompt, or answers from its context",
+}
 LENS = 4
 """Alternatives that --lens shows for each token."""
 
@@ -37,6 +43,13 @@ def command(
         typer.Option(
             help="A file that is one prompt, without its last line end; may be repeated. Without any prompt, "
             "standard input is read in the same way.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="For models that read two texts: the second one, or the context of a question; a text or a file.",
             show_default=False,
         ),
     ] = None,
@@ -77,7 +90,7 @@ def command(
         bool | None,
         typer.Option("--stream/--no-stream", help="Print while writing.", show_default="yes on a terminal"),
     ] = None,
-    fill_top: Annotated[int, typer.Option(help="Guesses for each mask.")] = 5,
+    fill_top: Annotated[int, typer.Option(help="Guesses for each mask, labels for each text.")] = 5,
     past_context: Annotated[
         bool, typer.Option("--past-context", help="Let texts grow beyond the context that the preset plans for.")
     ] = False,
@@ -94,10 +107,12 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, fill its masks or map it to another, as the model's structure allows.
+    """Continue a text, fill its masks, map it to another or label it, as the model's structure allows.
 
-    Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Standard output
-    is the text alone; device, seed and speed go to standard error.
+    Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Models with heads for
+    labels print those with their probabilities, or the answer that they find in --context; their prompts may also be
+    JSON lines with the columns of the training data. Standard output is the text alone; device, seed and speed go to
+    standard error.
     """
     from xtcli.generate.options import Options
     from xtcli.generate.sampling import Sampling
@@ -122,7 +137,13 @@ def command(
         past_context=past_context,
     )
     prompts = _prompts(prompt or [], prompt_file or [])
-    _Generation(ctx, ckpt, tokenizer, device, dtype).run(prompts, wanted, (drawn, greedy), stream, as_json)
+    generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
+    if generation.task == "label":
+        generation.label(prompts, _second(context), fill_top, as_json)
+    elif context is not None:
+        raise refuse("is for models that label texts", f"this one {TASKS[generation.task]}", place="--context")
+    else:
+        generation.run(prompts, wanted, (drawn, greedy), stream, as_json)
 
 
 class _Generation:
@@ -132,14 +153,18 @@ class _Generation:
         import torch
 
         from xtcli import model
+        from xtcli.config.library import RECORDED
+        from xtcli.config.preset import load_preset
         from xtcli.generate.engine import task_of
+        from xtcli.generate.label import labels_texts
 
         self.ctx = ctx
         place = _device(device)
         self.folder = model.find_checkpoint(ckpt)
         self.tokenizer = _tokenizer(self.folder, tokenizer)
         self.model = model.load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
-        self.task = task_of(self.model)
+        self.preset = load_preset(self.folder / RECORDED).preset
+        self.task = "label" if labels_texts(self.model, self.preset) else task_of(self.model)
         kind = next((name for name, dtype in DTYPES.items() if str(self.model.dtype) == f"torch.{dtype}"), "mixed")
         self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -184,6 +209,24 @@ class _Generation:
                 show.lens(row, self.tokenizer)
         self._report(answer, options, prompts)
 
+    def label(self, prompts: list[str], second: str | None, top: int, as_json: bool) -> None:
+        """Label the prompts, print, and say what is useful next."""
+        from xtcli.generate import said, show
+        from xtcli.generate.label import label
+
+        show.use_utf8()
+        answer = label(self.model, self.tokenizer, self.preset, prompts, second)
+        if as_json:
+            print(json.dumps(said.document(answer, self.facts), ensure_ascii=False, indent=1))
+        else:
+            for line in said.lines(answer, top):
+                print(line)
+        if unused := _unused(self.ctx, {"context", *READ}):
+            talk(f"labelling makes no use of {', '.join(unused)}")
+        for note in said.notes(answer):
+            talk(note)
+        next_command(f"xt inspect {shlex.quote(str(self.folder))}" if as_json else f"{_again(self.ctx)} --json")
+
     def _head(self, prompts: list[str], samples: int, row: int) -> None:
         """Before a text: which it is, where there are several; on a terminal the prompt that it goes on from."""
         from xtcli.generate.show import visible
@@ -198,7 +241,7 @@ class _Generation:
     def _report(self, answer: Answer, options: Options, prompts: list[str]) -> None:
         from xtcli.generate import show
 
-        if answer.task == "fill" and (unused := _unused(self.ctx)):
+        if answer.task == "fill" and (unused := _unused(self.ctx, {"past_context", *READ})):
             talk(f"filling masks makes no use of {', '.join(unused)}")
         for note in (*answer.notes, *show.ends(answer)):
             talk(note)
@@ -291,9 +334,19 @@ def _given(ctx: typer.Context) -> list[str]:
     return [name for name, source in sources.items() if name and source is not None and source.name == "COMMANDLINE"]
 
 
-def _unused(ctx: typer.Context) -> list[str]:
-    """Options that the user wrote and that filling masks does not read."""
-    read = {"ckpt", "prompt", "prompt_file", "fill_top", "past_context", "tokenizer", "device", "dtype", "as_json"}
+def _second(context: str | None) -> str | None:
+    """The text of --context, or of the file that it names."""
+    if context is None or "\n" in context or not os.path.isfile(context):
+        return context
+    return _text(Path(context).read_bytes(), context)
+
+
+READ = {"ckpt", "prompt", "prompt_file", "fill_top", "tokenizer", "device", "dtype", "as_json"}
+"""Parameters that are read whatever the task."""
+
+
+def _unused(ctx: typer.Context, read: set[str]) -> list[str]:
+    """Options that the user wrote and that a task does not read."""
     return ["--" + name.replace("_", "-") for name in _given(ctx) if name not in read]
 
 

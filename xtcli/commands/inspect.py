@@ -324,6 +324,12 @@ def _show(found: Resolved, ref: str, batch: int, length: int | None) -> None:
     from xtcli.inspect import cost, modules, record
     from xtcli.model import skeleton
 
+    # Whatever is refused is refused before the first line is printed.
+    sections = (
+        modules.share_lines(modules.components(skeleton(found))),
+        cost.lines(cost.measure_costs(found, batch=batch, length=length)),
+        record.lines(record.facts(Path(ref))),
+    )
     count, published = _parameters(found), found.preset.expect.parameters
     about = found.preset.about
     print(f"{about.title} ({found.name}{f', size {found.size}' if found.size else ''})")
@@ -341,12 +347,6 @@ def _show(found: Resolved, ref: str, batch: int, length: int | None) -> None:
         "" if published is None else ", as published" if published == count else f", but {published:,} were published"
     )
     print(f"{count:,} parameters{note}")
-    costs = cost.measure_costs(found, batch=batch, length=length)
-    sections = (
-        modules.share_lines(modules.components(skeleton(found))),
-        cost.lines(costs),
-        record.lines(record.facts(Path(ref))),
-    )
     for section in sections:
         if section:
             print("\n".join(["", *section]))

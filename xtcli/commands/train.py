@@ -93,7 +93,10 @@ def _next(code: int, path: Path) -> None:
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         _talk(f"stopped and saved; resume with: xt train {path}")
     elif code == 0:
-        _talk(f'next: xt generate --ckpt {path} --prompt "..."')
+        from xtcli.config.preset import load_preset
+
+        second = ' --context "..."' if load_preset(path).preset.objective.kind == "extract" else ""
+        _talk(f'next: xt generate --ckpt {path} --prompt "..."{second}')
 
 
 def _talk(text: str) -> None:

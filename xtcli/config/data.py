@@ -27,12 +27,12 @@ class DataConfig(Config):
     source_column: str | None = field("for pairs: column of the text that is read", None)
     target_column: str | None = field("for pairs: column of the text that is to be written", None)
     glob: str | None = field("files of a folder to take, such as '**/*.py'; null takes every text file", None)
-    streaming: bool = field("read a hub dataset over the network while training, without a download", False)
+    streaming: bool = field("read a hub dataset over the network as it is tokenised, without a download", False)
     limit: int | None = field("documents to read at most; null reads all", None, gt=0)
     validation: Annotated[float, Field(ge=0, lt=1)] | str = field(
         "held out for validation: a fraction of the documents, or a file, folder or split of its own", 0.05
     )
-    workers: int | None = field("processes that tokenise; null takes one per core", None, ge=1)
+    workers: int | None = field("threads that tokenise; null takes one per core", None, ge=1)
     cache: str | None = field("folder of token caches; null takes $XT_CACHE, else ~/.cache/xt", None)
 
     @model_validator(mode="before")
@@ -41,5 +41,5 @@ class DataConfig(Config):
         return {cls.shorthand: value} if isinstance(value, str) else value
 
     def tiny(self) -> Self:
-        """At most 400 documents, read by this process."""
+        """At most 400 documents."""
         return self.model_copy(update={"limit": min(self.limit or TINY_DOCUMENTS, TINY_DOCUMENTS)})

@@ -120,6 +120,9 @@ def find(ref: str | Path, beside: Path | None = None) -> Path:
         if close:
             raise refuse(f"there is no file '{text}'", f"did you mean '{text.removesuffix(path.name)}{close}'?")
         raise refuse(f"there is no file '{text}'", "`xt inspect` lists the presets")
+    begun = [name for name in names() if text and name.startswith(text)]
+    if len(begun) > 1:
+        raise refuse(f"there is no preset '{text}'", f"did you mean one of: {', '.join(begun)}?")
     if nearest(text, names()):
         raise refuse(f"there is no preset '{text}'", did_you_mean(text, names()))
     raise refuse(f"there is no preset '{text}'", "`xt inspect` lists them; a file's name ends in .yaml")

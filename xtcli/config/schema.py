@@ -24,7 +24,7 @@ def preset_schema() -> dict[str, Any]:
     """The schema as plain data, in a fixed order."""
     tables = {slot: dict(sorted(kinds(slot).items())) for slot in sorted({*slots(), *UNIONS})}
     parts: dict[str, type[Config]] = {
-        f"{slot}.{kind}": cls.Config  # type: ignore[attr-defined]
+        f"{slot}.{kind}": cls.Config
         for slot, table in tables.items()
         for kind, cls in table.items()
         if slot not in UNIONS
@@ -40,8 +40,8 @@ def preset_schema() -> dict[str, Any]:
         ref = refs[model, "validation"]["$ref"]
         found[names[ref]] = _node(raw["$defs"][ref], model, names)
     for slot, table in tables.items():
-        links = {kind: {"$ref": f"#/$defs/{cls.Config.slot}.{kind}"} for kind, cls in table.items()}  # type: ignore[attr-defined]
-        short = [kind for kind, cls in table.items() if not _needs(cls.Config)]  # type: ignore[attr-defined]
+        links = {kind: {"$ref": f"#/$defs/{cls.Config.slot}.{kind}"} for kind, cls in table.items()}
+        short = [kind for kind, cls in table.items() if not _needs(cls.Config)]
         found[f"slot.{slot}"] = {"anyOf": [*([{"enum": short}] if short else []), *links.values()]}
         found[f"kinds.{slot}"] = {
             "type": "object",

@@ -53,7 +53,7 @@ class Shape:
         """The shape below `key`, where `raw` is the value there; None when there can be none."""
         if self.of_kinds:
             found = kinds(self.of_kinds).get(str(key))
-            return Shape("node", found.Config) if found else None  # type: ignore[attr-defined]
+            return Shape("node", found.Config) if found else None
         if self.form == "node" and self.config and key in self.config.model_fields:
             info = self.config.model_fields[str(key)]
             annotated = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
@@ -108,7 +108,7 @@ def _unwrap(annotation: Any) -> tuple[Any, list[Any]]:
 def _kind(slot: Slot, raw: Any) -> type[BaseModel] | None:
     kind = raw if isinstance(raw, str) else raw.get("kind", slot.default) if isinstance(raw, Mapping) else slot.default
     found = kinds(slot.name).get(kind) if isinstance(kind, str) else None
-    return found.Config if found else None  # type: ignore[attr-defined]
+    return found.Config if found else None
 
 
 def seed(place: Shape) -> dict[str, Any] | list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from xtcli.convert.options import Unexpressed, dump, settle
 from xtcli.convert.plan import Plan, make_plan
 from xtcli.convert.reading import CONFIG, read_config, read_json, skeleton
 from xtcli.convert.report import Report
-from xtcli.convert.same import difference
+from xtcli.convert.same import difference, unlike
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.registry import Config, tree
 from xtcli.runs.checkpoint import locate
@@ -63,7 +63,8 @@ def export_checkpoint(
 ) -> Report:
     """Read a checkpoint of ours and hand what writes theirs to `commit`."""
     folder = locate(path)
-    config = load_preset(folder).preset.model
+    preset = load_preset(folder).preset
+    config = preset.model
     source = open_source(folder)
     if source is None:
         raise refuse("has no weights", place=str(folder))
@@ -71,6 +72,7 @@ def export_checkpoint(
     before = read_json(folder / REFERENCE / CONFIG) if (folder / REFERENCE / CONFIG).exists() else {}
     like = skeleton(config, str(folder))
     form, values = find_form(config, family, before, str(folder))
+    values = _labelled(values, getattr(preset.objective, "labels", None))
     plan = make_plan(form[0], form[1], config, like)
     _check(source, kept, plan, like, folder)
     job = Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
@@ -100,6 +102,9 @@ def find_form(
                 )
             except Unexpressed as reason:
                 reasons.append(Problem(f"{form.name} cannot express this model: {reason}", place))
+    # A class for another kind of graph says nothing about what stands in the way.
+    near = [reason for reason in reasons if f"model: is '{config.kind}'" not in reason.cause]
+    reasons = near or reasons
     if not reasons:
         names = "+".join(config.heads) or "no"
         raise refuse(f"no class of {', '.join(f.title for f in families)} has {names} heads", place=place)
@@ -112,20 +117,27 @@ def express(family: Family, form: Form, config: Config, before: Mapping[str, Any
         return dict(before)
     found: dict[str, Any] = {}
     dump(family.template(form), settle(tree(config)), found)
-    old = {key: value for key, value in before.items() if key != "architectures"}
     fresh = {"architectures": [form.name], "model_type": family.types[0]}
-    values = {**fresh, **old, **{key: value for key, value in found.items() if key not in old or old[key] != value}}
+    values = {**before, **found, **fresh}
     off = _differs(family, form, values, config, place)
     if off:
         raise Unexpressed(off)
+    for key in found if before else ():
+        # What the old file said, or left out, stays as long as it means the same.
+        old = {name: value for name, value in values.items() if name != key}
+        old |= {key: before[key]} if key in before else {}
+        if not _differs(family, form, old, config, place):
+            values = old
     return values
 
 
 def _differs(family: Family, form: Form, values: Mapping[str, Any], config: Config, place: str) -> str:
     try:
-        return difference(config, read_config(family, form, values, f"{place}/{CONFIG}"))
+        meant = read_config(family, form, values, f"{place}/{CONFIG}")
     except UserError as error:
         return str(error.problems[0])
+    off = difference(config, meant)
+    return off and (unlike(settle(tree(config)), settle(tree(meant))) or off)
 
 
 def _check(source: Source, kept: Source | None, plan: Plan, like: Mapping[str, Tensor], folder: Path) -> None:
@@ -151,6 +163,15 @@ def _check(source: Source, kept: Source | None, plan: Plan, like: Mapping[str, T
             )
     if problems:
         raise UserError(*problems[:20])
+
+
+def _labelled(values: dict[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """config.json with the names of the labels that the model was trained on, where they are as many."""
+    before = values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    named = {str(number): name for number, name in enumerate(names or ())}
+    if len(named) != len(before) or named == before:
+        return values
+    return values | {"id2label": named, "label2id": {name: int(number) for number, name in named.items()}}
 
 
 def _typed(values: dict[str, Any], source: Source, cast: Cast, fresh: bool) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def write(job: Import, inside: Path, report: Report) -> None:
             for name in kept:
                 writer.put(name, job.cast(name, job.get(name)))
     report.companions = copy_companions(job.folder, inside)
-    (inside / "preset.yaml").write_text(preset_yaml(job.plan, job.folder.name), encoding="utf-8")
+    (inside / "preset.yaml").write_text(preset_yaml(job.plan, job.values, job.folder.name), encoding="utf-8")
     report.rounding = job.cast.rounding
     report.bit_exact = not job.cast.changed and unchanged(job, inside)
 

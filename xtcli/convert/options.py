@@ -230,14 +230,12 @@ def fits_itself(template: Mapping[str, Any]) -> bool:
 
 
 def settle(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with what its nodes inherit written out: dropouts, norms, head counts and widths."""
+    """The tree with what its nodes inherit written out: dropouts, positions, head counts and widths."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, list):
             return [visit(item) for item in node]
         if not isinstance(node, Mapping):
-            return node
-        if node.get("kind") == "inherit" and "norm" in tree and set(node) == {"kind"}:
             return node
         full = {key: visit(value) for key, value in node.items()}
         if "dropout" in full and full["dropout"] is None:
@@ -246,6 +244,18 @@ def settle(tree: dict[str, Any]) -> dict[str, Any]:
             full["kv_heads"] = full["kv_heads"] or full["heads"]
             full["head_dim"] = full["head_dim"] or tree["dim"] // full["heads"]
             full["out_bias"] = full["bias"] if full["out_bias"] is None else full["out_bias"]
+        if full.get("block") and "position" in full:
+            _place(full)
         return full
 
     return {key: visit(value) for key, value in tree.items()}
+
+
+def _place(stack: dict[str, Any]) -> None:
+    """State the one position of a stack's attentions both on the stack and on each of them, whichever had it."""
+    nodes = [node for node in stack["block"]["sublayers"].values() if "position" in node]
+    for node in nodes:
+        if node["position"] == {"kind": "inherit"}:
+            node["position"] = stack["position"]
+    if nodes and all(node["position"] == nodes[0]["position"] for node in nodes):
+        stack["position"] = nodes[0]["position"]

@@ -2,7 +2,7 @@
 
 A plan is made from the family, one of its forms and a config tree: from the names and shapes of our model the
 name rules give the names and shapes of theirs, so that nothing about a file is written down twice. `claim`
-holds the names of a file against a plan: every name is claimed once, or there is a problem that names it.
+holds the names of a file against a plan: every name is claimed once, or `explain` names it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.rules import Move, Rule, match, moves
 from xtcli.errors import Problem, did_you_mean, nearest
 from xtcli.registry import Config
+
+SHOWN = 10
+"""Names of a kind that are explained; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -87,60 +90,73 @@ def make_plan(family: Family, form: Form, config: Any, ours: Mapping[str, Tensor
 @dataclass
 class Claims:
     """What the names of a file turned out to be: `source` (name of the plan -> name in the file), the plan's names
-    of those that are `tied`, `dropped` and `kept`, those that were `renamed`, and the problems."""
+    of those that are `tied`, `dropped` and `kept`, those that were `renamed`; names of the file that are `unknown`
+    or stand for a tensor that another has (`double`), and the plan's names that are `missing`."""
 
+    prefix: str
     source: dict[str, str] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    double: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def faults(self) -> int:
+        """How many names have no place, or places no name."""
+        return len(self.unknown) + len(self.double) + len(self.missing)
 
 
-def claim(plan: Plan, names: Sequence[str], place: str) -> Claims:
-    """Find the place of every name of a file; `problems` is empty when the file fits the plan."""
-    options = [_claim(plan, names, place, prefix) for prefix in (plan.form.prefix, *plan.family.prefixes)]
-    return min(options, key=lambda claims: len(claims.problems))
+def claim(plan: Plan, names: Sequence[str]) -> Claims:
+    """Find the place of every name of a file, whose trunk may be called differently; the file fits without faults."""
+    prefixes = dict.fromkeys((plan.form.prefix, *plan.family.prefixes))
+    return min((_claim(plan, names, prefix) for prefix in prefixes), key=lambda claims: claims.faults)
 
 
-def _claim(plan: Plan, names: Sequence[str], place: str, prefix: str) -> Claims:
-    """The claims where the file calls the trunk `prefix`."""
-    claims = Claims()
+def _claim(plan: Plan, names: Sequence[str], prefix: str) -> Claims:
+    claims = Claims(prefix)
     known = plan.known
-    unknown: list[str] = []
     for given in names:
         name = _now(given, plan, prefix)
-        drop = plan.drop(name)
+        drop = None if name in known else plan.drop(name)
         if name not in known and drop is None:
-            unknown.append(given)
+            claims.unknown.append(given)
         elif name in claims.source:
-            claims.problems.append(Problem(f"'{given}' and '{claims.source[name]}' are one tensor", place))
+            claims.double.append((given, claims.source[name]))
         else:
             claims.source[name] = given
             if name != given:
                 claims.renamed.append(given)
-            if drop is not None and name not in known:
+            if drop is not None:
                 claims.dropped.append(name)
     for alias, main in plan.ties.items():
         if alias in claims.source:
             claims.tied.append(alias)
-            if main not in claims.source:
-                claims.source[main] = claims.source[alias]
+            claims.source.setdefault(main, claims.source[alias])
     claims.kept = list(plan.kept(claims.source))
-    missing = [name for name in (*plan.shapes, *plan.dead) if name not in claims.source]
+    claims.missing = [name for name in (*plan.shapes, *plan.dead) if name not in claims.source]
     for group in plan.spare:
-        there = [name for name in group if name in claims.source]
-        if there:
-            missing += [name for name in group if name not in claims.source]
-    for given in unknown:
-        near = nearest(_now(given, plan, prefix), missing)
-        remedy = f"nearest that is missing: '{near}'" if near else did_you_mean(given, known) if not missing else ""
-        claims.problems.append(Problem(f"tensor '{given}' has no place in {plan.form.name}", place, remedy=remedy))
-    for name in missing:
-        near = nearest(name, unknown)
-        remedy = f"nearest that is there: '{near}'" if near else ""
-        claims.problems.append(Problem(f"tensor '{name}' is missing", place, remedy=remedy))
+        if any(name in claims.source for name in group):
+            claims.missing += [name for name in group if name not in claims.source]
     return claims
+
+
+def explain(plan: Plan, claims: Claims, place: str) -> list[Problem]:
+    """The faults in words, each with the nearest name on the other side."""
+    problems = [Problem(f"'{given}' and '{other}' are one tensor", place) for given, other in claims.double]
+    for given in claims.unknown[:SHOWN]:
+        near = nearest(_now(given, plan, claims.prefix), claims.missing)
+        remedy = f"nearest that is missing: '{near}'" if near else ""
+        remedy = remedy or ("" if claims.missing else did_you_mean(given, plan.known))
+        problems.append(Problem(f"tensor '{given}' has no place in {plan.form.name}", place, remedy=remedy))
+    for name in claims.missing[:SHOWN]:
+        near = nearest(name, claims.unknown)
+        remedy = f"nearest that is there: '{near}'" if near else ""
+        problems.append(Problem(f"tensor '{name}' is missing", place, remedy=remedy))
+    unsaid = max(len(claims.unknown) - SHOWN, 0) + max(len(claims.missing) - SHOWN, 0)
+    return problems + ([Problem(f"{unsaid} more tensors do not fit", place)] if unsaid else [])
 
 
 def _now(given: str, plan: Plan, prefix: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtcli.config.compose import VERSION
@@ -9,10 +10,9 @@ from xtcli.config.emit import dump
 from xtcli.config.preset import Preset
 from xtcli.convert.companions import TOKENIZER
 from xtcli.convert.plan import Plan
-from xtcli.registry import kinds, tree
+from xtcli.registry import tree
 
 _BY_HEAD = {
-    "lm": "clm",
     "mlm": "mlm",
     "nsp": "mlm",
     "sequence": "classify",
@@ -20,30 +20,38 @@ _BY_HEAD = {
     "choice": "classify",
     "span": "extract",
 }
-_BY_GRAPH = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "seq2seq"}
+_BY_GRAPH = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "span-corruption"}
 
 
-def objective(config: Any) -> dict[str, Any]:
-    """What such a model is trained on next: the objective of its first head, where xt has one."""
+def objective(config: Any, names: Sequence[str] | None) -> dict[str, Any]:
+    """What such a model is trained on next: the objective of its first head; `names` are those of its labels."""
     usual = _BY_GRAPH[config.kind]
-    kind = usual
-    for head in config.heads:
-        wanted = usual if head == "lm" else _BY_HEAD.get(head, usual)
-        kind = wanted if wanted in kinds("objective") else usual
-        break
+    head = next(iter(config.heads), "lm")
+    kind = usual if head == "lm" else _BY_HEAD.get(head, usual)
     if kind == "mlm":
         return {"kind": kind, "next_sentence": "nsp" in config.heads}
+    if kind == "classify" and names is not None and len(names) == getattr(config.heads[head], "labels", 0):
+        return {"kind": kind, "labels": list(names)}
     return {"kind": kind}
 
 
-def preset_yaml(plan: Plan, origin: str) -> str:
-    """preset.yaml of the model that a plan makes; `origin` names where it comes from."""
+def label_names(values: Mapping[str, Any]) -> list[str] | None:
+    """The names of the labels in the order of their numbers, where config.json names 0, 1, 2 ... wholly."""
+    found = values.get("id2label")
+    if not isinstance(found, dict) or any(str(number) not in found for number in range(len(found))):
+        return None
+    names = [str(found[str(number)]) for number in range(len(found))]
+    return names if len(set(names)) == len(names) else None
+
+
+def preset_yaml(plan: Plan, values: Mapping[str, Any], origin: str) -> str:
+    """preset.yaml of the model that a plan and a config.json make; `origin` names where it comes from."""
     preset = Preset.model_validate(
         {
             "version": VERSION,
             "about": {"title": f"{plan.form.name} converted from {origin}"},
             "model": plan.config,
-            "objective": objective(plan.config),
+            "objective": objective(plan.config, label_names(values)),
             "tokenizer": {"kind": "file", "path": TOKENIZER},
         }
     )

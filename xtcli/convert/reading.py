@@ -13,7 +13,7 @@ from torch import Tensor
 from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import COMMON_FIXED, COMMON_NEUTRAL, Family, Form
 from xtcli.convert.options import Options, load
-from xtcli.convert.plan import Claims, Plan, claim, make_plan
+from xtcli.convert.plan import Claims, Plan, claim, explain, make_plan
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.model import construct
 from xtcli.parts.scope import Refused
@@ -121,21 +121,24 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
 
     The first form that the file fits is taken; where it fits none, the mistakes of the nearest one are raised.
     """
-    best: UserError | None = None
+    refused: UserError | None = None
+    nearest: tuple[Plan, Claims] | None = None
     for form in forms(family, values, f"{place}/{CONFIG}"):
         try:
             config = read_config(family, form, values, f"{place}/{CONFIG}")
             plan = make_plan(family, form, config, skeleton(config, f"{place}/{CONFIG}"))
         except UserError as error:
-            best = best or error
+            refused = refused or error
             continue
-        claims = claim(plan, names, place)
-        if not claims.problems:
+        claims = claim(plan, names)
+        if not claims.faults:
             return plan, claims
-        if best is None or len(claims.problems) < len(best.problems):
-            best = UserError(*claims.problems)
-    assert best is not None
-    raise best
+        if nearest is None or claims.faults < nearest[1].faults:
+            nearest = plan, claims
+    if nearest is not None:
+        raise UserError(*explain(*nearest, place))
+    assert refused is not None
+    raise refused
 
 
 __all__ = ["FAMILIES", "find_family", "read", "read_config", "read_json"]

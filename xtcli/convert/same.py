@@ -6,6 +6,7 @@ build cannot: types, sizes and every number that a forward reads must be equal, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,16 @@ def difference(one: Config, other: Config) -> str:
     if one == other:
         return ""
     return _compare(construct(one), construct(other), "")
+
+
+def unlike(one: Any, other: Any, path: str = "model") -> str:
+    """The first place where two config trees differ, in words; initialisation is no part of a network."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        found = (
+            unlike(one.get(key), other.get(key), f"{path}.{key}") for key in one if (path, key) != ("model", "init")
+        )
+        return next((text for text in found if text), "")
+    return "" if one == other else f"{path} is {one!r}, their config.json can only say {other!r}"
 
 
 def _compare(one: nn.Module, other: nn.Module, path: str) -> str:

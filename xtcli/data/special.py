@@ -67,8 +67,8 @@ def byte_ids(library: Any, decoder: Decoder) -> dict[int, int]:
 def load(path: Path, special: Mapping[str, str]) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The library's tokenizer, the token of each role, and the settings beside it.
 
-    A role comes from `special`, else from tokenizer_config.json or special_tokens_map.json, else from a customary
-    name. Raises UserError for a file that is missing or no tokenizer.
+    A role comes from `special`, else from tokenizer_config.json or special_tokens_map.json; where these state none
+    at all, from a customary name. Raises UserError for a file that is missing or no tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -90,12 +90,12 @@ def load(path: Path, special: Mapping[str, str]) -> tuple[Any, dict[str, str], d
     library.no_truncation()
     kept = _json(file.with_name(SETTINGS))
     stated = _json(file.with_name("special_tokens_map.json")) | kept
-    names: dict[str, str] = {}
-    for role in ROLES:
-        token = special.get(role) or _content(stated.get(f"{role}_token")) or _customary(role, library)
-        if token is not None and (role in special or library.token_to_id(token) is not None):
-            names[role] = token
-    return library, names, kept
+    found = {role: _content(stated.get(f"{role}_token")) for role in ROLES}
+    if not any(found.values()):
+        found = {role: _customary(role, library) for role in ROLES}
+    names = {role: token for role, token in found.items() if token and library.token_to_id(token) is not None}
+    names |= special
+    return library, dict(sorted(names.items(), key=lambda item: library.token_to_id(item[1]) or 0)), kept
 
 
 def _customary(role: str, library: Any) -> str | None:

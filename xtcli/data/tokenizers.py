@@ -53,7 +53,7 @@ class Trained(registry.Config):
 
     vocab: int = field("ids in all, special tokens and sentinels among them", gt=0, tiny=512, example=400)
     sentinels: int = field(_SENTINELS_DOC, 0, ge=0, tiny=32)
-    sample: int = field("MiB of text at most that the tokens are learnt from", SAMPLE, gt=0)
+    sample: int = field("MiB of text at most that the tokens are learnt from", SAMPLE, gt=0, tiny=1)
 
 
 class Kind:
@@ -109,7 +109,7 @@ class Unigram(Kind):
 
         special: dict[Role, str] = field(_SPECIAL_DOC, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})
         frame: Frame = field(_FRAME_DOC, "eos")
-        sample: int = field("MiB of text at most that the tokens are learnt from", 16, gt=0)
+        sample: int = field("MiB of text at most that the tokens are learnt from", 16, gt=0, tiny=1)
 
 
 @part("tokenizer", "file")

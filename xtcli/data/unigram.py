@@ -23,8 +23,8 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 CANDIDATES = 4
-WORDS = 60_000
-"""Different words that are looked at, the most frequent ones."""
+WORDS, WORDS_PER_PIECE = 60_000, 20
+"""Different words that are looked at, the most frequent ones: so many at most, and so many for each piece wanted."""
 WORD = 48
 """Characters of the longest word that is looked at."""
 PIECE = 16
@@ -40,7 +40,7 @@ def learn(words: Counter[str], letters: Sequence[str], size: int) -> list[tuple[
     """
     known = set(letters)
     chosen = [w for w in words if len(w) <= WORD and known.issuperset(w)]
-    chosen = sorted(chosen, key=lambda w: (-words[w], w))[:WORDS]
+    chosen = sorted(chosen, key=lambda w: (-words[w], w))[: min(WORDS, WORDS_PER_PIECE * size)]
     counts = np.array([words[w] for w in chosen], dtype=np.float64)
     pieces = _candidates(chosen, words, letters, CANDIDATES * size)
     lattice = Lattice(chosen, pieces)

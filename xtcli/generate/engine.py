@@ -3,6 +3,7 @@
     decoder with an lm head            the prompt is continued
     encoder-decoder with an lm head    the prompt is read, an answer is written
     encoder with an mlm (or lm) head   masks in the prompt are filled
+    heads that write no text           labels and answers in a text: xtcli.generate.label
 
 Structure alone decides. The model is left as it was found, in training or not, and no global random
 state is read or moved, so a training run may ask for samples at any step.
@@ -33,11 +34,15 @@ from xtcli.parts.seq2seq import EncoderDecoder
 
 ROWS = 64
 """Rows of one batch, at most."""
+WRITING = {"lm", "mlm"}
+LABELLING = {"sequence", "token", "choice", "span"}
 
 
 def task_of(model: Graph) -> Task:
-    """What a model can do with a prompt; raises UserError when no head of it makes text."""
+    """What a model can do with a prompt; raises UserError when no head of it makes text or labels one."""
     have = ", ".join(sorted(model.heads)) or "none"
+    if LABELLING & set(model.heads) and not WRITING & set(model.heads):
+        return "label"
     if isinstance(model, EncoderDecoder) or model.causal:
         if "lm" not in model.heads:
             raise refuse(f"the model has no language-model head (heads: {have})", "text comes from a head lm or mlm")
@@ -61,9 +66,11 @@ def generate(
     for prompts that do not fit.
     """
     options, answer = options or Options(), Answer(task_of(model))
+    if answer.task == "label":
+        raise refuse("the model labels texts and writes none", "ask xtcli.generate.label, or xt generate")
     if not prompts:
         return answer
-    with _undisturbed(model):
+    with undisturbed(model):
         if answer.task == "fill":
             _fill(model, tokenizer, prompts, options, answer)
             return answer
@@ -194,7 +201,7 @@ def _fill(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Opt
 
 
 @contextmanager
-def _undisturbed(model: Graph) -> Iterator[None]:
+def undisturbed(model: Graph) -> Iterator[None]:
     """Evaluation without gradients; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     for module in training:

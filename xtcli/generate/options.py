@@ -10,7 +10,7 @@ from xtcli.generate.decode import Choice, Finish, Timing
 from xtcli.generate.fill import Filled
 from xtcli.generate.sampling import Sampling
 
-Task = Literal["continue", "map", "fill"]
+Task = Literal["continue", "map", "fill", "label"]
 
 
 @dataclass(frozen=True)

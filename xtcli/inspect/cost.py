@@ -111,7 +111,7 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
             micro_batch=batch,
             checkpointing=resolved.preset.train.checkpointing,
             free=0,
-            cost=trained.narrowed(wide, dtype),
+            cost=trained if dtype == wide else measure(model, step.split(1)[0], dtype),
         )
         inference = int((weights + reading.state + reading.transient) * (1 + WORKSPACE))
         use[name] = Use(weights, measure_state(typed, length), reading.state, inference, plan)

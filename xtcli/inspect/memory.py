@@ -9,19 +9,17 @@ Nothing here knows a kind of state: every tensor that the state reaches is count
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.seq2seq import EncoderDecoder
-from xtcli.train.fused import Kernels
+from xtcli.train.counting import Alive, Kernels
 
 
 @dataclass(frozen=True)
@@ -39,35 +37,6 @@ class Reading:
 
     state: int
     transient: int
-
-
-class _Alive(TorchDispatchMode):
-    """Follows the bytes of storages made while active, and their peak; those that hold `there` are known before."""
-
-    def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self.known: set[int] = {tensor.untyped_storage()._cdata for tensor in there}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, list | tuple) else (made,):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        return made
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def state_bytes(state: Any) -> int:
@@ -131,12 +100,13 @@ def measure_reading(model: Graph, batch: int, length: int) -> Reading:
     """Bytes while a meta model reads `batch` texts of `length` tokens, to go on writing where it can write.
 
     A model that writes makes the logits of the last place; one that does not, every output at every place. An
-    encoder-decoder reads a source of `length` tokens and has room for as many.
+    encoder-decoder reads a source of `length` tokens and has room for as many. The model is left in evaluation mode.
     """
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    model.eval()
     state = model.new_state(batch, length) if has_state(model) else None  # type: ignore[operator]
     before = state_bytes(state)
-    with torch.no_grad(), Kernels(), _Alive([*model.parameters(), *model.buffers(), *tensors(state), ids]) as alive:
+    with torch.no_grad(), Kernels(), Alive([*model.parameters(), *model.buffers(), *tensors(state), ids]) as alive:
         if isinstance(model, EncoderDecoder):
             hidden = model.decode(ids[:, :1], model.encode(ids), state=state)
         elif state is not None:

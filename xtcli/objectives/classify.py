@@ -66,11 +66,13 @@ class Classify(Labelled):
         self.left_out = len(found) - len(self.items)
         if not self.items:
             raise nothing_left(split.rows, self.columns(config), "has both text and label", validation)
+        self.used = [split.rows[item.number] for item in self.items]
         if self.of == "choice" and not self.predict:
-            self._check_choices(split.rows)
+            self._check_choices()
         self.firsts: list[Ints] = []
         self.rows = self._words(tokenizer) if self.of == "token" else self._texts(tokenizer)
         self.sizes = np.array([sum(map(len, texts)) for row in self.rows for texts in row], dtype=np.int64)
+        self.cut_short = int(self.sizes.max()) > self.frame.room(len(self.rows[0][0]))
 
     @classmethod
     def columns(cls, config: Any) -> tuple[str, ...]:
@@ -99,13 +101,13 @@ class Classify(Labelled):
         names = config.labels or names_in(records.rows, config.of, cls.columns(config)[-1])
         return settled_head(resolved, config.of, names), config.model_copy(update={"labels": names})
 
-    def _check_choices(self, rows: Sequence[Row]) -> None:
+    def _check_choices(self) -> None:
         """The choices of a batch are one tensor, so every row has as many."""
         first = len(self.items[0].texts)
-        for item in self.items:
+        for item, (place, _) in zip(self.items, self.used, strict=True):
             if len(item.texts) != first:
                 cause = f"has {len(item.texts) - 1} choices, the first row has {first - 1}"
-                raise refuse(cause, "give each row as many", place=rows[item.number][0])
+                raise refuse(cause, "give each row as many", place=place)
 
     def _texts(self, tokenizer: Any) -> list[list[tuple[Ints, ...]]]:
         """The ids of each row: one text, two, or a pair for each choice."""
@@ -172,6 +174,12 @@ class Classify(Labelled):
             inputs["token_type_ids"] = types
         targets = {} if self.predict else {"choice": np.array([self.items[int(i)].target for i in indices])}
         return Batch.of(inputs, targets, indices.tolist(), sizes.sum(1).tolist())
+
+    def expected(self, index: int) -> str:
+        target, names = self.items[index].target, self.config.labels
+        if self.of == "token":
+            return " ".join("?" if one == IGNORE else names[one] for one in target)
+        return str(self.items[index].texts[1 + target] if self.of == "choice" else names[target])
 
     def scorer(self) -> Any:
         from xtcli.train.scores import LabelScores

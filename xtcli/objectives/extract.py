@@ -81,37 +81,42 @@ class Extract(Labelled):
         super().__init__(config, tokenizer, **options)
         self.whole = validation or self.predict
         columns = self.columns(config)
-        found = [question_of(config, row, not self.predict) for row in split.rows]
-        known = [question for question in found if question is not None]
+        found = [(question_of(config, row, not self.predict), row) for row in split.rows]
+        known = [(question, row) for question, row in found if question is not None]
         self.left_out = len(found) - len(known)
         if not known:
             raise nothing_left(split.rows, columns, "has a question, a context and an answer in it", validation)
-        texts = list(dict.fromkeys(question.context for question in known))
+        texts = list(dict.fromkeys(question.context for question, _ in known))
         contexts = dict(zip(texts, tokenizer.encode_spans(texts), strict=True))
-        asked = tokenizer.encode_batch([question.question for question in known])
+        asked = tokenizer.encode_batch([question.question for question, _ in known])
         room = self.frame.room(2)
+        self.shortened = 0
         self.questions: list[Question] = []
+        self.used: list[Row] = []
         self.asked: list[Ints] = []
         self.contexts: list[tuple[Ints, Ints]] = []
         self.taught: list[tuple[int, int] | None] = []
         self.windows: list[Window] = []
         self.windows_of: list[range] = []
-        for question, ids in zip(known, asked, strict=True):
+        for (question, row), ids in zip(known, asked, strict=True):
             context = contexts[question.context]
             place = None if question.span is None else _tokens(context[1], *question.span)
             if question.span is not None and place is None:
                 self.left_out += 1
                 continue
             first = len(self.windows)
+            self.shortened += len(ids) > room // 2
             ids = ids[: room // 2]
             self._cut(len(self.questions), len(context[0]), room - len(ids))
             self.windows_of.append(range(first, len(self.windows)))
             self.questions.append(question)
+            self.used.append(row)
             self.asked.append(ids)
             self.contexts.append(context)
             self.taught.append(place)
         if not self.questions:
-            raise nothing_left(split.rows, columns, "has an answer that the tokenizer can tell from the rest", validation)
+            raise nothing_left(split.rows, columns, "has an answer that tokens can tell", validation)
+        self.cut_short = self.shortened > 0  # contexts are read in windows, whole
 
     def _cut(self, question: int, length: int, room: int) -> None:
         """The windows of one context."""
@@ -187,6 +192,9 @@ class Extract(Labelled):
             return batch
         return replace(batch, targets={"span": torch.from_numpy(np.stack([s["targets.span"] for s in samples]))})
 
+    def expected(self, index: int) -> str:
+        return repr(next(iter(self.questions[index].answers), ""))
+
     def scorer(self) -> Any:
         from xtcli.train.scores import SpanScores
 
@@ -200,6 +208,7 @@ class Extract(Labelled):
             f"answers in a text: {count(questions, 'question')} on {count(tokens, 'token')} of context",
             f"{count(windows, 'window')}, each [CLS] question [SEP] context [SEP], padded to the longest of a batch",
             f"{count(none, 'question')} without an answer" if none else "",
+            f"{count(self.shortened, 'question')} cut at half a row" if self.shortened else "",
             f"{count(self.left_out, 'row')} without a text, or whose answer is not in it, left out"
             if self.left_out
             else "",
@@ -224,8 +233,8 @@ def question_of(config: Any, row: Row, labelled: bool = True) -> Question | None
 def answers_of(row: Row, columns: Sequence[str]) -> list[Answer]:
     """The answers of a row; raises UserError for what is none."""
     place, values = row
-    value, column = values[2], columns[2]
-    starts = values[3] if len(values) > 3 else None
+    value: Any = values[2]
+    column, starts = columns[2], values[3] if len(values) > 3 else None
     if isinstance(value, dict):
         starts = value.get("answer_start", starts)
         value = value.get("text")
@@ -236,7 +245,7 @@ def answers_of(row: Row, columns: Sequence[str]) -> list[Answer]:
     answers: list[Answer] = []
     for text, begin in zip(listed, begins, strict=True):
         if isinstance(text, dict):
-            text, begin = text.get("text"), text.get("answer_start", begin)
+            begin, text = text.get("answer_start", begin), text.get("text")
         begin = int(begin) if isinstance(begin, str) and begin.isdecimal() else begin
         if text is not None and not isinstance(text, str):
             raise wrong_type(place, column, value, "answers")

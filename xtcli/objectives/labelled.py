@@ -29,10 +29,13 @@ class Labelled(Objective):
     """Samples made of rows; see `Objective`.
 
     With `predict` rows have no labels and samples no targets: the same rows, for a trained model to label.
-    `pad`, `segments` and `decoder` are what `facts` says of the model.
+    `pad`, `segments` and `decoder` are what `facts` says of the model. `used` are the rows that were not left out;
+    `cut_short` says whether some are longer than the context.
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
+    used: list[Row]
+    cut_short: bool
 
     def __init__(
         self,
@@ -75,6 +78,10 @@ class Labelled(Objective):
     @abstractmethod
     def settle(cls, resolved: Resolved, config: Any, records: Records) -> tuple[Preset, Any]:
         """The preset and the config with what the rows tell settled."""
+
+    @abstractmethod
+    def expected(self, index: int) -> str:
+        """The answer that the data gives to row `index` of `used`, in words."""
 
     @classmethod
     def prepare(cls, resolved: Resolved, model: Any) -> tuple[Resolved, Any, Any]:
@@ -130,7 +137,8 @@ def settled_head(resolved: Resolved, head: str, labels: Sequence[str]) -> Any:
     if origin is not None and origin.source != "default":
         names = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
         cause = f"is {stated}, and there are {len(labels)} labels ({names})"
-        raise UserError(Problem(cause, resolved.place(path), path, f"set {path}={len(labels)}, or check objective.label"))
+        remedy = f"set {path}={len(labels)}, or check objective.label"
+        raise UserError(Problem(cause, resolved.place(path), path, remedy))
     config = model.heads[head].model_copy(update={"labels": len(labels)})
     changed = model.model_copy(update={"heads": {**model.heads, head: config}})
     return preset.model_copy(update={"model": changed, "expect": type(preset.expect)()})

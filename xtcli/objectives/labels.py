@@ -1,10 +1,10 @@
 """Rows of labelled data, read: texts, lists of words or of choices, and the names of their labels.
 
-    label in the data      its name
-    text                   itself
-    whole number, 3.0      its digits
-    true, false            "true", "false"
-    null, ""               none: the row is left out
+label in the data      its name
+text                   itself
+whole number, 3.0      its digits
+true, false            "true", "false"
+null, ""               none: the row is left out
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def name_of(value: Any, place: str, column: str) -> str | None:
 
 
 def names_in(rows: Sequence[Row], task: Task, column: str) -> tuple[str, ...]:
-    """The labels in the last column of all rows: numbers in order, else by name; raises UserError where they are none."""
+    """The labels in the last column of all rows: numbers in order, else by name; raises UserError for no labels."""
     found: Counter[str] = Counter()
     for place, values in rows:
         tags = values[-1]

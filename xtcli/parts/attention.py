@@ -88,12 +88,13 @@ class Heads(nn.Module):
         self.q_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
         self.k_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
         score = part_of(config.score)
-        self.fused: bool = score.fused  # type: ignore[attr-defined]
+        self.fused: bool = score.fused
         self.kernel = fused if self.fused else partial(plain, kind=score, config=config.score)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(B, T, heads D) -> (B, heads, T, D)."""
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        heads_apart: Tensor = x.unflatten(-1, (heads, self.head_dim))
+        return heads_apart.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         """(B, H, T, D) and keys, values -> (B, T, dim)."""
@@ -129,7 +130,7 @@ class Attention(Heads):
         self.store_turned = True
         self.relative: nn.Module | None = None
         bias = None
-        reach = kind.reach  # type: ignore[attr-defined]
+        reach = kind.reach
         if reach == "turn":
             number = shared.turn(position, scope, self.head_dim)
             self.store_turned = getattr(shared.turns[number], "static", True)

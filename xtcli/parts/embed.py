@@ -79,11 +79,11 @@ class SinusoidalPlaces(nn.Module):
         super().__init__()
         if scope.dim % 2:
             raise Impossible("", f"sinusoidal positions need an even dim, not {scope.dim}")
-        self.config, self.half = config, scope.dim // 2
+        self.config, self.width = config, scope.dim // 2
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        steps = torch.arange(self.half, device=x.device).float()
-        last = self.half - 1 if self.config.inclusive else self.half
+        steps = torch.arange(self.width, device=x.device).float()
+        last = self.width - 1 if self.config.inclusive else self.width
         angles = (places + self.config.offset)[..., None].float() * torch.exp(-math.log(10000.0) / last * steps)
         waves = (angles.sin(), angles.cos())
         table = torch.cat(waves, -1) if self.config.layout == "halves" else torch.stack(waves, -1).flatten(-2)

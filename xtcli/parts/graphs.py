@@ -245,7 +245,7 @@ class OneStack(Graph, Tower):
         """An empty state for `capacity` tokens, on the model's device and in its type unless said."""
         return Tower.new_state(self, batch, capacity, device or self.device, dtype or self.dtype)
 
-    def hidden(
+    def hidden(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

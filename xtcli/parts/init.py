@@ -99,7 +99,7 @@ class FanInInit(Initialiser):
     def matrix(self, module: Linear, head_dim: int | None) -> float:
         if module.role == "head":
             return self.factor
-        return self.factor * (module.in_features * (head_dim or 1)) ** -0.5
+        return float(self.factor * (module.in_features * (head_dim or 1)) ** -0.5)
 
     def table(self, module: nn.Embedding, width: int) -> float:
         return self.factor if module.embedding_dim == width else self.factor * width**-0.5

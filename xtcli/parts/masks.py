@@ -13,7 +13,7 @@ A query that would see nothing (padding) sees itself, so that no softmax is empt
 from __future__ import annotations
 
 from functools import reduce
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Strict
@@ -29,7 +29,7 @@ class Mask:
     """A rule made from its config: static methods only, since rules hold no parameters."""
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         """True where a query in slot `q` (T, 1) may see a key in slot `k` (1, S)."""
         raise AssertionError("a mask kind must say what it allows")
 
@@ -42,7 +42,7 @@ class Causal(Mask):
         """Only the past and oneself."""
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
 
 
@@ -54,7 +54,7 @@ class Full(Mask):
         """Every key."""
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return torch.ones_like(q, dtype=torch.bool) & torch.ones_like(k, dtype=torch.bool)
 
 
@@ -83,14 +83,14 @@ class Window(Mask):
         dilation: int = field("only every n-th slot of the band", 1, ge=1, tiny=2)
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         step = k - q
-        band = (step >= -rule.left) & (step <= rule.right)  # type: ignore[attr-defined]
-        return band & (step % rule.dilation == 0) if rule.dilation > 1 else band  # type: ignore[attr-defined]
+        band: Tensor = (step >= -rule.left) & (step <= rule.right)
+        return band & (step % rule.dilation == 0) if rule.dilation > 1 else band
 
 
 @part("mask", "all")
-class All(Mask):
+class AllOf(Mask):
     """The intersection of rules."""
 
     class Config(Config):
@@ -101,12 +101,12 @@ class All(Mask):
         )
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
-        return reduce(torch.logical_and, (allowed(r, q, k) for r in rule.of))  # type: ignore[attr-defined]
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_and, (allowed(r, q, k) for r in rule.of))
 
 
 @part("mask", "any")
-class Any(Mask):
+class AnyOf(Mask):
     """The union of rules."""
 
     class Config(Config):
@@ -117,13 +117,14 @@ class Any(Mask):
         )
 
     @staticmethod
-    def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
-        return reduce(torch.logical_or, (allowed(r, q, k) for r in rule.of))  # type: ignore[attr-defined]
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_or, (allowed(r, q, k) for r in rule.of))
 
 
 def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
     """True where `rule` lets slot `q` see slot `k`; broadcasts q against k."""
-    return part_of(rule).allowed(rule, q, k)  # type: ignore[attr-defined, no-any-return]
+    seen: Tensor = part_of(rule).allowed(rule, q, k)
+    return seen
 
 
 def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: bool) -> Visible:

@@ -154,4 +154,4 @@ class Relative(nn.Module):
         scores = torch.einsum("bhtd,tsd->bhts", q, vectors)
         if self.key_term:
             scores = scores + torch.einsum("bhsd,tsd->bhts", k, vectors)
-        return scores * self.factor  # type: ignore[no-any-return]
+        return scores * self.factor

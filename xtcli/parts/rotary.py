@@ -26,7 +26,8 @@ from xtcli.registry import Config, Slot, field, part, part_of
 def base_frequencies(theta: float | Tensor, width: int, device: Any = None) -> Tensor:
     """theta^(-2i / width), i < width / 2, float32; a batch of thetas (B, 1) gives (B, width / 2)."""
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
-    return 1.0 / (theta**exponents)
+    frequencies: Tensor = 1.0 / (theta**exponents)
+    return frequencies
 
 
 class Scaling:
@@ -67,7 +68,8 @@ class LinearScaling(Scaling):
 
     @staticmethod
     def frequencies(config: Any, theta: float, width: int, context: int, length: Tensor) -> Tensor:
-        return base_frequencies(theta, width, length.device) / config.factor
+        factor: float = config.factor
+        return base_frequencies(theta, width, length.device) / factor
 
 
 @part("scaling", "dynamic")
@@ -141,7 +143,8 @@ class YarnScaling(Scaling):
             high += 0.001
         ramp = ((torch.arange(width // 2, device=length.device).float() - low) / (high - low)).clamp(0, 1)
         kept = base_frequencies(theta, width, length.device)
-        return kept / config.factor * ramp + kept * (1 - ramp)
+        factor: float = config.factor
+        return kept / factor * ramp + kept * (1 - ramp)
 
     @staticmethod
     def gain(config: Any, context: int) -> float:
@@ -225,18 +228,16 @@ class Rotary(nn.Module):
             if divisors is not None and len(divisors) != self.width // 2:
                 raise Impossible(f"scaling.{name}", f"has {len(divisors)} divisors, the heads need {self.width // 2}")
         self.config, self.context = config, scope.context or 0
-        self.static: bool = scaling.static  # type: ignore[attr-defined]
+        self.static: bool = scaling.static
         # Up to this length the frequencies of a scaling that is not static stay the same.
         self.steady: int = getattr(config.scaling, "original", None) or self.context
-        self.gain: float = scaling.gain(config.scaling, self.context)  # type: ignore[attr-defined]
+        self.gain: float = scaling.gain(config.scaling, self.context)
 
     def tables(self, ctx: Ctx, dtype: torch.dtype) -> Turn:
         """cos and sin for this call, in the dtype of x."""
         length = ctx.keys.max(dim=1, keepdim=True).values + 1  # (B|1, 1)
         scaling = part_of(self.config.scaling)
-        frequencies = scaling.frequencies(  # type: ignore[attr-defined]
-            self.config.scaling, self.config.theta, self.width, self.context, length
-        )
+        frequencies = scaling.frequencies(self.config.scaling, self.config.theta, self.width, self.context, length)
         cos, sin = self._turns(ctx.positions, frequencies, dtype)
         if self.static:
             return Turn(cos, sin, cos, sin)

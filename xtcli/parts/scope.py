@@ -9,15 +9,12 @@ under the node's path and goes on, and the graph refuses with all of them at the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
 from xtcli.errors import Problem, UserError
 from xtcli.registry import Config, part_of
-
-if TYPE_CHECKING:
-    from xtcli.parts.shared import Shared
 
 
 class Impossible(Exception):
@@ -47,7 +44,7 @@ class Scope:
     memory: int | None = None  # width of the encoder memory that cross-attention reads
     layer: int = 0
     path: str = "model"
-    shared: Shared | None = None
+    shared: Any = None  # the `Shared` of the stack being built
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)
 
     def at(self, name: str, **changes: object) -> Scope:

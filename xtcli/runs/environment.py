@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -49,7 +50,7 @@ def describe(
         "threads": {"torch": torch.get_num_threads(), "torch_interop": torch.get_num_interop_threads()},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
         "mps": torch.backends.mps.is_available(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "chosen": dict(chosen or {}),
@@ -58,6 +59,15 @@ def describe(
         "data": data,
         "tokenizer": tokenizer,
     }
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """What an environment.json says; nothing where it cannot be read."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -99,14 +99,14 @@ class Place:
 
 def choose(config: TrainConfig) -> Place:
     """The device and precision that the preset asks for, or the fastest there is."""
-    present = {
+    present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
         "cpu": lambda: True,
     }
-    kind = config.device
+    kind: str = config.device
     if kind == "auto":
-        kind = next(name for name, there in present.items() if there())  # type: ignore[assignment]
+        kind = next(name for name, there in present.items() if there())
     elif not present[kind]():
         remedy = f"set train.device=auto; this PyTorch ({torch.__version__}) finds: {', '.join(_found(present))}"
         raise refuse(f"there is no {kind} device on this machine", remedy, path="train.device")

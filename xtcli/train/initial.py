@@ -195,5 +195,3 @@ def _listed(names: Iterable[str], loaded: Iterable[str]) -> str:
 
 def _tensors(count: int) -> str:
     return f"{count:,} tensor" + ("" if count == 1 else "s")
-
-

@@ -152,7 +152,8 @@ def _vocab_fits(tokenizer: Any, resolved: Resolved) -> None:
 def _context(resolved: Resolved, model: Model) -> int:
     asked = resolved.preset.train.context
     limit = model.context
-    learned = min((m.limit for m in model.modules() if isinstance(getattr(m, "limit", None), int)), default=None)
+    limits = [getattr(module, "limit", None) for module in model.modules()]
+    learned = min((places for places in limits if isinstance(places, int)), default=None)
     if asked is not None and learned is not None and asked > learned:
         raise refuse(
             f"sequences of {asked} tokens do not fit into {learned} positions",
@@ -165,8 +166,8 @@ def _context(resolved: Resolved, model: Model) -> int:
 
 def _start(model: Model, tokenizer: Any) -> int | None:
     """The id that a decoder's text starts with: the model's, else the tokenizer's bos or pad."""
-    configured = getattr(model, "start", None)
-    special = tokenizer.special
+    configured: int | None = getattr(model, "start", None)
+    special: dict[str, int] = tokenizer.special
     return configured if configured is not None else special.get("bos", special.get("pad"))
 
 

@@ -84,7 +84,7 @@ class Trainer:
                 if code:
                     return code
         finally:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
         self.save()
         return stopper.exit_code
 

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         self.scale = config.alpha / config.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x), self.down), self.up) * self.scale  # type: ignore[no-any-return]
+        return F.linear(F.linear(self.dropout(x), self.down), self.up) * self.scale
 
 
 class Adapted(Linear):
@@ -56,7 +56,7 @@ class Adapted(Linear):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.lora(x)
+        return F.linear(x, self.weight, self.bias) + self.lora(x)  # type: ignore[no-any-return]
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int = 0, place: str = "") -> list[str]:

@@ -3,7 +3,9 @@
 FLOPs are those of matrix products in the built graph, counted by running one sequence on the meta device:
 2 m n k for each product, attention as if nothing were masked (so that MFU compares with the figures of
 nanoGPT and PaLM, arXiv:2204.02311), the backward pass as two forwards. Activations are the tensors that
-autograd would keep, counted in the same run. Recomputed activations count once more in time, not in FLOPs.
+autograd would keep, counted in the same run, and what the backward pass takes at its worst moment: the loss with
+its copies of the logits, or the gradients of the two widest activations. Recomputed activations count once more in
+time, not in FLOPs.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from xtcli.data.batch import Batch
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
+from xtcli.parts.stack import Block
 from xtcli.runs.run import gib
-from xtcli.train.fused import Kernels
+from xtcli.train.counting import Kernels
 from xtcli.train.optim import ADAMW_COPIES
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -38,13 +41,15 @@ class Cost:
     flops: int
     activations: int  # bytes kept for the backward pass
     logits: int  # bytes of the heads' outputs and their float32 copies
+    widest: int  # bytes of the largest activation
+    stream: int  # bytes of what enters a block
 
-    def narrowed(self, before: torch.dtype, after: torch.dtype) -> Cost:
-        """The cost with matrix products of another type."""
-        outputs = self.logits // (before.itemsize + COPIES)
-        return Cost(
-            self.flops, self.activations * after.itemsize // before.itemsize, outputs * (after.itemsize + COPIES)
-        )
+    def kept(self, skeleton: Graph, checkpointing: bool) -> int:
+        """Bytes kept for the backward pass; with recomputation the input of each block and the inside of one."""
+        if not checkpointing:
+            return self.activations
+        blocks = max(sum(isinstance(module, Block) for module in skeleton.modules()), 1)
+        return self.activations // blocks + blocks * self.stream
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
     Padding masks are left out: they change no sizes. Heads that only look at supervised positions are
     counted for those.
     """
-    inputs = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.inputs.items() if name not in MASKS}
+    shown = {name: tensor for name, tensor in batch.inputs.items() if name not in MASKS}
+    inputs = {name: torch.empty_like(tensor, device="meta") for name, tensor in shown.items()}
     kept: dict[int, tuple[Any, int]] = {}
     owned = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
 
@@ -85,12 +91,12 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
             kept[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
-    narrow = 4 // dtype.itemsize
     counter = FlopCounterMode(display=False)
-    with Kernels(device), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kernels = Kernels(device, dtype)
+    with kernels, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = skeleton.hidden(**inputs)
     body = counter.get_total_flops()
-    activations = sum(size for _, size in kept.values()) // narrow
+    sizes = [size for key, (_, size) in kept.items() if key not in kernels.casts]
     flops, logits = body, 0
     for name, targets in batch.targets.items():
         head: Head = skeleton.heads[name]  # type: ignore[assignment]
@@ -100,7 +106,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)
         logits += int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
-    return Cost(flops, activations, logits)
+    return Cost(flops, sum(sizes), logits, max(sizes, default=0), hidden.states.numel() * 4)
 
 
 def _supervised(targets: Tensor) -> float:
@@ -127,10 +133,11 @@ def make_plan(
     cost = cost or measure(skeleton, batch.split(1)[0], dtype, device)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
-    kept = _checkpointed(skeleton, cost) if checkpointing else cost.activations
-    each = kept + cost.logits
+    each = cost.kept(skeleton, checkpointing) + max(cost.logits, 2 * cost.widest)
+    # A gradient is made beside the sum that it is added to.
+    largest = max((4 * parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad), default=0)
     casts = parameters * dtype.itemsize if dtype.itemsize < 4 else 0
-    fixed = int((4 * parameters + casts + 4 * trained * (1 + ADAMW_COPIES)) * (1 + WORKSPACE))
+    fixed = int((4 * parameters + casts + 4 * trained * (1 + ADAMW_COPIES) + largest) * (1 + WORKSPACE))
     rows = len(batch.ids)
     if micro_batch is None:
         room = max(int(free * 0.9 - fixed), 0)
@@ -145,26 +152,19 @@ def make_plan(
         4 * parameters + casts,
         4 * trained,
         4 * trained * ADAMW_COPIES,
-        each * min(micro_batch, rows),
+        each * min(micro_batch, rows) + largest,
         min(micro_batch, rows),
         rows,
     )
-
-
-def _checkpointed(skeleton: Graph, cost: Cost) -> int:
-    """Activations with recomputation: one input for each block, and the inside of one."""
-    from xtcli.parts.stack import Block
-
-    blocks = sum(isinstance(module, Block) for module in skeleton.modules())
-    return cost.activations // max(blocks, 1) * 2
 
 
 def lines(plan: Plan, checkpoint: int, place: str, free: int) -> Mapping[str, str]:
     """The plan as label -> figure with its unit."""
     shares = plan.batch // plan.micro_batch + (plan.batch % plan.micro_batch > 0)
     fits = "fits" if plan.peak <= free else "DOES NOT FIT"
+    trained = "" if plan.trained == plan.parameters else f" ({plan.trained:,} trained)"
     return {
-        "parameters": f"{plan.parameters:,}" + ("" if plan.trained == plan.parameters else f" ({plan.trained:,} trained)"),
+        "parameters": f"{plan.parameters:,}{trained}",
         "step": f"{plan.batch} sequences, {plan.tokens:,} tokens, in {shares} x {plan.micro_batch}",
         "FLOPs": f"{plan.flops:.3e} FLOP per step",
         "memory": (

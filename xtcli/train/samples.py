@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from xtcli.generate.engine import Answer, Options, generate, task_of
+from xtcli.generate.engine import generate, task_of
 from xtcli.generate.fill import MASK
+from xtcli.generate.label import labels_texts, say
+from xtcli.generate.options import Answer, Options
+from xtcli.generate.said import brief
 from xtcli.parts.graphs import Graph
 
 PROMPT_TOKENS = 16
-SPAN = 3
+LABELLED = 3
 
 
 def draw(model: Graph, job: Any) -> str:
-    """The sample as text; empty where the model has no head that writes."""
+    """The sample as text: what the model writes, or what it says of the first labelled rows."""
+    if labels_texts(model, job.resolved.preset):
+        return _labelled(model, job)
     prompts = list(job.config.sample_prompts) or [found for found in [_prompt(model, job)] if found]
     if not prompts:
         return ""
@@ -32,9 +37,19 @@ def shown(answer: Answer) -> str:
     """An answer as text: prompt and continuation, prompt => answer, or the filled text."""
     rows = [f"{row.prompt} => {row.text}" if answer.task == "map" else row.prompt + row.text for row in answer.written]
     for filled in answer.filled:
-        guesses = "; ".join(", ".join(f"{g.text.strip()} {g.probability:.0%}" for g in mask[:3]) for mask in filled.masks)
+        guesses = "; ".join(
+            ", ".join(f"{guess.text.strip()} {guess.probability:.0%}" for guess in mask[:3]) for mask in filled.masks
+        )
         rows.append(f"{filled.prompt} => {filled.text} [{guesses}]")
     return "\n\n".join(rows)
+
+
+def _labelled(model: Graph, job: Any) -> str:
+    """What the model says of the first rows that are held out (or else trained on), and what the data says."""
+    objective = job.validation if job.validation is not None else job.objective
+    rows, config = objective.used[:LABELLED], objective.config
+    said = say(model, job.tokenizer, type(objective), config, rows, objective.context)
+    return "\n".join(f"{brief(one)} (expected: {objective.expected(at)})" for at, one in enumerate(said.results))
 
 
 def _prompt(model: Graph, job: Any) -> str:

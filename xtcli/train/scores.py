@@ -145,7 +145,8 @@ class SpanScores:
             if scores[row] == -float("inf"):
                 continue
             chance = float(chances[0][row, first[row]] * chances[1][row, last[row]])
-            span = Span(scores[row], *objective.characters(window, first[row], last[row]), chance)
+            begin, stop = objective.characters(window, first[row], last[row])
+            span = Span(scores[row], begin, stop, chance)
             if question not in self.best or span.score > self.best[question].score:
                 self.best[question] = span
 

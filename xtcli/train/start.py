@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from xtcli.config.preset import Resolved, load_preset
-from xtcli.errors import Problem, UserError
+from xtcli.errors import Problem, UserError, refuse
 from xtcli.model import Model
 from xtcli.registry import tree
 from xtcli.runs import environment
 from xtcli.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from xtcli.runs.metrics import read_metrics
-from xtcli.runs.run import Run, check_disk, gib
+from xtcli.runs.run import ENVIRONMENT, Run, check_disk, gib
 from xtcli.runs.state import restore
 from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer, logged
@@ -57,7 +57,8 @@ def new(
 ) -> tuple[int, Path]:
     """Train a preset from fresh weights or those of `train.init`; returns the exit code and the run's folder."""
     job = make_job(resolved, talk)
-    talk(check_disk(out or Path("runs") / resolved.name, job.checkpoint_bytes, job.config.keep, best=job.config.keep_best))
+    folder = out or Path("runs") / resolved.name
+    talk(check_disk(folder, job.checkpoint_bytes, job.config.keep, best=job.config.keep_best))
     with Stopper() as stopper:
         run = Run.create(
             resolved.name,
@@ -88,6 +89,7 @@ def resume(
         run.rewind(step)
         if overrides:
             run.change_preset(step, job.resolved.to_yaml())
+        _same_text(path, job)
         for difference in run.resumed(step, command, _environment(job)):
             talk(f"not the same as at the start: {difference}")
         view = make_view(job.config.steps)
@@ -160,6 +162,18 @@ def _changed(path: Path, overrides: Sequence[str], talk: Callable[[str], None]) 
     if problems:
         raise UserError(*problems)
     return after
+
+
+def _same_text(path: Path, job: Job) -> None:
+    """Refuse text or a tokenizer that is not what the run was started with: its cursor means nothing there."""
+    then = environment.recorded(path / ENVIRONMENT)
+    for name, digest in (("data", job.store.digest), ("tokenizer", job.tokenizer.digest)):
+        if then.get(name) not in (None, digest):
+            raise refuse(
+                f"the {name} of this run has changed since it was started, so its place in it is lost",
+                "restore it, or start a new run from these weights with --init",
+                place=str(path),
+            )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, tuple[Any, Any]]]:

@@ -1,7 +1,7 @@
 """Changes to a built model that make its steps faster or smaller, never different.
 
-    compile_blocks    torch.compile of each block and of each head's loss; equal blocks share their code
-    checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
+compile_blocks    torch.compile of each block and of each head's loss; equal blocks share their code
+checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
 """
 
 from __future__ import annotations

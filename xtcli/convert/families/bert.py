@@ -67,7 +67,7 @@ def _template(form: Form) -> dict[str, Any]:
                             {
                                 "relative_key": _relative(False),
                                 "relative_key_query": _relative(True),
-                                "absolute": {"kind": "inherit"},
+                                "absolute": {"kind": "none"},
                             },
                         ),
                     },

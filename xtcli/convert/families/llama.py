@@ -106,7 +106,7 @@ def _is_inverse_frequencies(tensor: Tensor, config: Any) -> bool:
     width = attention.head_dim or config.dim // attention.heads
     length = torch.ones(1, 1, dtype=torch.long)
     scaling = part_of(position.scaling)
-    expected = scaling.frequencies(position.scaling, position.theta, width, config.context, length)  # type: ignore[attr-defined]
+    expected = scaling.frequencies(position.scaling, position.theta, width, config.context, length)
     plain = 1.0 / position.theta ** (torch.arange(0, width, 2).float() / width)
     found = tensor.float()
     coarse = 2 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
