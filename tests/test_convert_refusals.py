@@ -382,7 +382,7 @@ def test_a_type_that_cannot_hold_the_values(sources: dict[str, Path], tmp_path: 
     found["transformer.ln_f.bias"][0] = 1e6
     safetensors.torch.save_file(found, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((sources["gpt2"] / "config.json").read_bytes())
-    with pytest.raises(UserError, match="'stack.norm.bias' holds values beyond the range of float16"):
+    with pytest.raises(UserError, match=r"'stack.norm.bias' holds values beyond the range of float16"):
         convert(tmp_path, tmp_path / "there", dtype="float16")
     with pytest.raises(UserError, match="there is no type 'float17'; did you mean 'float16'"):
         convert(tmp_path, tmp_path / "there", dtype="float17")

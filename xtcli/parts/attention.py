@@ -14,6 +14,7 @@ from typing import Annotated, Any, Self
 
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts import masks, norms, positions
 from xtcli.parts.context import Ctx, KeyValues, MemoryKeyValues, Visible
 from xtcli.parts.linear import Linear
@@ -31,7 +32,7 @@ class Heads(nn.Module):
 
     reads_memory = False
 
-    class Config(Config):
+    class Config(registry.Config):
         """Sizes and scores of attention."""
 
         heads: int = field("query heads", gt=0, tiny=4, example=4)

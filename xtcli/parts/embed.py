@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx
 from xtcli.parts.linear import Table
@@ -31,7 +32,7 @@ class NoPlaces(nn.Module):
 
     limit: int | None = None
 
-    class Config(Config):
+    class Config(registry.Config):
         """No absolute positions."""
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -45,7 +46,7 @@ class NoPlaces(nn.Module):
 class LearnedPlaces(nn.Module):
     """A learned vector for each place; `limit` is how many there are."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Learned absolute positions."""
 
         offset: int = field("place p reads row p + offset; the rows before are kept but idle", 0, ge=0)
@@ -68,7 +69,7 @@ class SinusoidalPlaces(nn.Module):
 
     limit: int | None = None
 
-    class Config(Config):
+    class Config(registry.Config):
         """Fixed sinusoidal positions (Vaswani et al. 2017)."""
 
         offset: int = field("place p gets the wave of p + offset", 0, ge=0)
@@ -100,7 +101,7 @@ class Tokens(nn.Module):
     `shares` is True where the table belongs to another part and comes with the context.
     """
 
-    class Config(Config):
+    class Config(registry.Config):
         """Token, position and segment embeddings."""
 
         positions: AbsoluteSlot = field("absolute positions", NoPlaces.Config())

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ctx
 from xtcli.parts.linear import Linear
@@ -20,7 +21,7 @@ from xtcli.registry import Config, field, part
 class FeedForward(nn.Module):
     """What all feed-forwards share: no state between calls."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """A feed-forward network."""
 
         hidden: int = field("inner width", gt=0, tiny=256, example=96)

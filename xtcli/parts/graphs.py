@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.errors import refuse
 from xtcli.parts import masks
 from xtcli.parts.context import Ctx, ModelState
@@ -36,7 +37,7 @@ class Graph(nn.Module):
 
     causal = True
 
-    class Config(Config):
+    class Config(registry.Config):
         """Sizes and defaults that the whole model shares."""
 
         vocab: int = field("rows of the token table", gt=0, tiny=512)

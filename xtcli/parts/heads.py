@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.linear import Linear
@@ -81,7 +82,7 @@ class Head(nn.Module):
 class NoTransform(nn.Identity):
     """The states as they are."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """No transform."""
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -92,7 +93,7 @@ class NoTransform(nn.Identity):
 class DenseTransform(nn.Module):
     """norm(act(dense(h))), as BERT's heads have it."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """A dense layer, an activation and a norm."""
 
         act: Activation = field("activation", "gelu")
@@ -112,7 +113,7 @@ class DenseTransform(nn.Module):
 class LanguageModel(Head):
     """Next-token (or aligned) prediction."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Language-model head."""
 
         tied: bool = field("uses the token table as its matrix", True)
@@ -157,7 +158,7 @@ class MaskedLanguageModel(Head):
 
     sparse = True
 
-    class Config(Config):
+    class Config(registry.Config):
         """Masked-language-model head."""
 
         act: Activation = field("activation of the transform", "gelu")
@@ -191,7 +192,7 @@ class MaskedLanguageModel(Head):
 class TokenLabels(Head):
     """One label for each token."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Token classification."""
 
         labels: int = field("number of labels", 2, gt=0)
@@ -216,7 +217,7 @@ class Span(Head):
 
     label = "span"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Extractive question answering."""
 
     def __init__(self, config: Config, scope: Scope) -> None:

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts.attention import Heads
 from xtcli.parts.linear import Linear
 from xtcli.parts.norms import LayerNorm, RMSNorm
@@ -67,7 +68,7 @@ class Initialiser:
 class NormalInit(Initialiser):
     """One standard deviation for all."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Normal weights of one standard deviation."""
 
         std: float = field("standard deviation", 0.02, gt=0)
@@ -88,7 +89,7 @@ class NormalInit(Initialiser):
 class FanInInit(Initialiser):
     """Variance 1 / fan in."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Normal weights scaled by their fan-in."""
 
         factor: float = field("multiplies every standard deviation", 1.0, gt=0)

@@ -19,6 +19,7 @@ import torch
 from pydantic import Strict
 from torch import Tensor
 
+from xtcli import registry
 from xtcli.parts.context import Ctx, Visible
 from xtcli.registry import Config, Slot, field, part, part_of
 
@@ -38,7 +39,7 @@ class Mask:
 class Causal(Mask):
     """Only the past and oneself."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Only the past and oneself."""
 
     @staticmethod
@@ -50,7 +51,7 @@ class Causal(Mask):
 class Full(Mask):
     """Everything."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Every key."""
 
     @staticmethod
@@ -62,7 +63,7 @@ class Full(Mask):
 class Inherited(Mask):
     """A stand-in for what the graph implies."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Causal in a decoder, full in an encoder."""
 
 
@@ -75,7 +76,7 @@ FULL: Config = Full.Config()
 class Window(Mask):
     """A band around the query."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Keys at most `left` slots before and `right` slots after the query."""
 
         left: int = field("slots before the query", ge=0, tiny=16, example=3)
@@ -93,7 +94,7 @@ class Window(Mask):
 class AllOf(Mask):
     """The intersection of rules."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Keys that every rule allows."""
 
         of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field(
@@ -109,7 +110,7 @@ class AllOf(Mask):
 class AnyOf(Mask):
     """The union of rules."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Keys that some rule allows."""
 
         of: Annotated[tuple[MaskSlot, ...], Strict(False)] = field(

@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts.linear import widen
 from xtcli.parts.scope import Scope
 from xtcli.registry import Config, Slot, field, part
@@ -27,7 +28,7 @@ NormSlot = Annotated[Config, Slot("norm")]
 class LayerNorm(nn.LayerNorm):
     """Mean and variance over the last axis, then gain and bias."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Layer normalisation."""
 
         eps: float = field("added to the variance", 1e-5, gt=0)
@@ -41,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.Module):
     """Root mean square over the last axis, then gain."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Root-mean-square normalisation."""
 
         eps: float = field("added to the mean square", 1e-6, gt=0)
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 class NoNorm(nn.Identity):
     """The input as it is."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """No normalisation."""
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -80,7 +81,7 @@ class NoNorm(nn.Identity):
 class InheritedNorm(nn.Identity):
     """A stand-in that `make_norm` replaces by the model's norm."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """The norm that `model.norm` states."""
 
     def __init__(self, config: Config, scope: Scope) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.heads import Head, Hidden, Labels
 from xtcli.parts.linear import Linear
@@ -96,7 +97,7 @@ class NextSentence(Head):
 
     label = "next_sentence_label"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Next-sentence prediction."""
 
         output: Literal["logits", "seq_relationship_logits"] = field("name of its output", "seq_relationship_logits")
@@ -121,7 +122,7 @@ class NextSentence(Head):
 class SequenceLabels(Head):
     """A linear classifier, or dense - act - linear, on one vector of each text."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Sequence classification."""
 
         labels: int = field("number of labels", 2, gt=0)
@@ -170,7 +171,7 @@ class SequenceLabels(Head):
 class MultipleChoice(Head):
     """One score for each of several texts; inputs come as (B, choices, T)."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Multiple choice."""
 
         dropout: float | None = field("dropout before the classifier; null = model.dropout", None, ge=0, lt=1)
@@ -199,7 +200,7 @@ class Summary(Head):
     label = "mc_labels"
     loss_name = "mc_loss"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Multiple choice beside a language model."""
 
         pick: Literal["given", "first", "last", "mean"] = field(

@@ -19,6 +19,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts.context import Ctx
 from xtcli.parts.linear import Table
 from xtcli.parts.scope import Impossible, Scope
@@ -34,7 +35,7 @@ class NoPosition(nn.Module):
 
     reach = "none"
 
-    class Config(Config):
+    class Config(registry.Config):
         """No positions in attention."""
 
 
@@ -44,7 +45,7 @@ class InheritedPosition(nn.Module):
 
     reach = "none"
 
-    class Config(Config):
+    class Config(registry.Config):
         """The position that the stack states."""
 
 
@@ -77,7 +78,7 @@ class BucketBias(nn.Module):
 
     reach = "bias"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Learned bias over buckets of distance."""
 
         buckets: int = field("rows of the table", 32, ge=4)
@@ -110,7 +111,7 @@ class Alibi(nn.Module):
 
     reach = "bias"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Attention with linear biases."""
 
     def __init__(self, config: Config, scope: Scope, heads: int) -> None:
@@ -132,7 +133,7 @@ class Relative(nn.Module):
 
     reach = "relative"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Learned vectors of the distance, multiplied with queries."""
 
         distance: int = field(

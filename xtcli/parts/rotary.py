@@ -18,6 +18,7 @@ import torch
 from pydantic import Strict
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts.context import Ctx
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part, part_of
@@ -49,7 +50,7 @@ class Scaling:
 class Unscaled(Scaling):
     """The angles as they are."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """No scaling."""
 
     @staticmethod
@@ -61,7 +62,7 @@ class Unscaled(Scaling):
 class LinearScaling(Scaling):
     """Positions divided by the factor (Chen et al. 2023, arXiv:2306.15595)."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Position interpolation."""
 
         factor: float = field("how much longer the context becomes", gt=0, example=2.0)
@@ -78,7 +79,7 @@ class DynamicScaling(Scaling):
 
     static = False
 
-    class Config(Config):
+    class Config(registry.Config):
         """NTK-aware interpolation that starts beyond the context."""
 
         factor: float = field("scaling factor s", gt=0, example=2.0)
@@ -94,7 +95,7 @@ class DynamicScaling(Scaling):
 class WavelengthScaling(Scaling):
     """Long waves divided by the factor, short ones kept, a blend between (Llama 3.1)."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Scaling by wavelength."""
 
         factor: float = field("divides the frequencies of long waves", gt=0, example=8.0)
@@ -116,7 +117,7 @@ class WavelengthScaling(Scaling):
 class YarnScaling(Scaling):
     """Dimensions that turn often are kept, those that turn rarely interpolated (arXiv:2309.00071)."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """YaRN."""
 
         factor: float = field("how much longer the context becomes", gt=0, example=2.0)
@@ -164,7 +165,7 @@ class LongRopeScaling(Scaling):
 
     static = False
 
-    class Config(Config):
+    class Config(registry.Config):
         """LongRoPE."""
 
         short: Annotated[tuple[float, ...], Strict(False)] = field(
@@ -207,7 +208,7 @@ class Rotary(nn.Module):
 
     reach = "turn"
 
-    class Config(Config):
+    class Config(registry.Config):
         """Rotary positions."""
 
         theta: float = field("base of the frequencies", 10000.0, gt=1)

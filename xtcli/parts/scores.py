@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli import registry
 from xtcli.parts.context import Visible
 from xtcli.parts.linear import widen
-from xtcli.registry import Config, field, part
+from xtcli.registry import field, part
 
 
 class Score:
@@ -38,7 +39,7 @@ class Softmax(Score):
 
     fused = True
 
-    class Config(Config):
+    class Config(registry.Config):
         """Softmax over the keys."""
 
     @staticmethod
@@ -60,7 +61,7 @@ class WideSoftmax(Softmax):
 class Softcap(Score):
     """Scores bent into (-cap, cap) before the softmax."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Softmax over bounded scores."""
 
         cap: float = field("bound of the scores", gt=0, example=5.0)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx
 from xtcli.parts.norms import NormSlot, make_norm
@@ -25,7 +26,7 @@ WiringSlot = Annotated[Config, Slot("wiring")]
 class Wiring(nn.Module):
     """One norm for each sublayer, and dropout on what it adds."""
 
-    class Config(Config):
+    class Config(registry.Config):
         """Norms and residual dropout."""
 
         norm: NormSlot = field("norm of each sublayer", norms.INHERIT)
