@@ -139,7 +139,7 @@ def test_released_gpt2_has_no_prefix_and_holds_the_masks(tmp_path: Path) -> None
             found[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
         return found
 
-    report = convert(rewrite(tmp_path / "source", release), tmp_path / "there")
+    report = convert(rewrite(tmp_path / "source", release), tmp_path / "there", verify=True)
     assert len(report.drops) == 4 and len(report.renamed) == len(whole) + 4
     convert(tmp_path / "there", tmp_path / "back", to="hf")
     assert same(tensors(tmp_path / "back"), whole)
@@ -331,9 +331,17 @@ def test_what_changed_since_the_import_is_written_into_its_config(tmp_path: Path
     assert {key for key in before | after if after.get(key, key) != before.get(key, key)} == {"resid_pdrop"}
 
 
-@pytest.mark.parametrize(
-    "case", [Case("GPT2DoubleHeadsModel"), Case("T5ForSequenceClassification"), Case("LlamaModel")]
-)
+VERIFIED = [
+    Case("GPT2DoubleHeadsModel"),
+    Case("GPT2LMHeadModel", {"add_cross_attention": True, "scale_attn_weights": False}),
+    Case("T5ForSequenceClassification"),
+    Case("LlamaForSequenceClassification", {"pad_token_id": None}),
+    Case("BertModel", {"add_pooling_layer": False}),
+    Case("BertLMHeadModel", {"is_decoder": True, "position_embedding_type": "relative_key"}),
+]
+
+
+@pytest.mark.parametrize("case", VERIFIED, ids=lambda case: case.id)
 def test_verify_compares_outputs_and_modules(case: Case, tmp_path: Path) -> None:
     source = save(reference(case), tmp_path / "source")
     report = convert(source, tmp_path / "there", verify=True)
@@ -375,3 +383,31 @@ def test_reference_config_survives_word_for_word(tmp_path: Path) -> None:
     convert(tmp_path / "there", tmp_path / "back", to="hf")
     assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
     assert config["pad_token_id"] == PAD
+
+
+def test_labels_keep_their_names(tmp_path: Path) -> None:
+    names = {0: "bad", 1: "fair", 2: "good"}
+    model: Any = reference(Case("BertForSequenceClassification", {"num_labels": 3}))
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    convert(save(model, tmp_path / "source"), tmp_path / "there")
+    resolved = load_preset(tmp_path / "there")
+    objective: Any = resolved.preset.objective
+    assert objective.kind == "classify" and objective.labels == ("bad", "fair", "good")
+    save_model(load(tmp_path / "there"), tmp_path / "tuned", resolved.to_yaml())
+    convert(tmp_path / "tuned", tmp_path / "back", to="hf")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").id2label == names
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path: Path) -> None:
+    from xtcli.convert.files import Writer, open_source
+    from xtcli.runs.tensors import load_weights
+
+    made = {f"t{n}": torch.randn(n + 1, 5).to(torch.float16 if n % 2 else torch.float32) for n in range(7)}
+    made |= {"none": torch.empty(0, 3), "one": torch.tensor(3.0)}
+    with Writer(tmp_path, {name: (t.dtype, tuple(t.shape)) for name, t in made.items()}, limit=100) as writer:
+        for name, tensor in reversed(made.items()):
+            writer.put(name, tensor)
+    found = open_source(tmp_path)
+    assert found is not None and len(found.files) > 3
+    assert same({name: found.read(name) for name in found.entries}, made)
+    assert same(load_weights(tmp_path), made) and same(tensors(tmp_path), made)

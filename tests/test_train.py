@@ -18,6 +18,7 @@ import xtcli
 from xtcli.config.library import names
 from xtcli.config.preset import load_preset
 from xtcli.data.batch import Batch
+from xtcli.errors import UserError
 from xtcli.model import build, count
 from xtcli.train.start import new, resume
 
@@ -298,3 +299,21 @@ def test_resume_refuses_what_it_cannot_honour(text: Path, tmp_path: Path) -> Non
     assert longer.returncode == 0, longer.stderr
     assert "changed: train.steps 2 -> 4" in longer.stderr
     assert '"step": 4,' in log_of(tmp_path / "run")
+
+
+def test_tensorboard_gets_every_number(text: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = [f"data={text}", *QUICK, "train.steps=4", "train.log_every=2", "train.sample_every=0"]
+    train("gpt2-nano", *options, "train.sample_tokens=2", "train.tensorboard=true", out=tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in log_of(tmp_path / "run").splitlines()]
+    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert written == [(line["step"], pytest.approx(line["loss"])) for line in lines if "loss" in line]
+    assert events.Scalars("val_loss")
+
+
+def test_without_tensorboard_the_extra_is_named(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = [f"data={text}", *QUICK, "train.steps=1", "train.tensorboard=true"]
+    with pytest.raises(UserError, match="TensorBoard is not installed; pip install"):
+        train("gpt2-nano", *options, out=tmp_path / "run")

@@ -7,13 +7,14 @@ command that runs, or whose own --help is asked for, is imported; so `xt --help`
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from xtcli.errors import EXIT_INTERRUPTED, UserError
+from xtcli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 
 MAX_SHOWN = 50
 """Mistakes printed at most; the rest is counted."""
@@ -109,4 +110,8 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILURE)
     sys.exit(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xtcli.commands.options import Json, next_command
+from xtcli.commands.texts import prompts_of, second_text
 from xtcli.errors import did_you_mean, refuse
 from xtcli.objectives.words import count
 
@@ -136,10 +136,10 @@ def command(
         lens=LENS if lens else 0,
         past_context=past_context,
     )
-    prompts = _prompts(prompt or [], prompt_file or [])
+    prompts = prompts_of(prompt or [], prompt_file or [])
     generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
     if generation.task == "label":
-        generation.label(prompts, _second(context), fill_top, as_json)
+        generation.label(prompts, second_text(context), fill_top, as_json)
     elif context is not None:
         raise refuse("is for models that label texts", f"this one {TASKS[generation.task]}", place="--context")
     else:
@@ -268,39 +268,6 @@ def _speed(what: str, tokens: int, seconds: float) -> str:
     return f"{what}: {count(tokens, 'token')} in {seconds:.3g} s{rate}"
 
 
-def _prompts(given: list[str], files: list[Path]) -> list[str]:
-    """The texts of --prompt, then those of --prompt-file, else standard input."""
-    prompts = list(given)
-    for file in files:
-        if file.is_dir() or not file.exists():
-            cause = "is a folder" if file.is_dir() else "no such file"
-            raise refuse(cause, "give a text file", place=str(file))
-        try:
-            prompts.append(_text(file.read_bytes(), str(file)))
-        except OSError as error:
-            raise refuse(f"cannot be read: {error.strerror}", place=str(file)) from None
-    if not prompts:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise refuse("no prompt was given", "add --prompt TEXT or --prompt-file FILE, or pipe a text in")
-        content = sys.stdin.buffer.read()
-        if not content:
-            raise refuse("no prompt was given", "add --prompt TEXT or --prompt-file FILE, or pipe a text in")
-        prompts.append(_text(content, "standard input"))
-    return prompts
-
-
-def _text(content: bytes, place: str) -> str:
-    """A file's content as a prompt."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise refuse(f"byte {error.start + 1} is no UTF-8", "save the file as UTF-8", place=place) from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise refuse("is empty", 'write a prompt into it; --prompt "" begins a text from nothing', place=place)
-    return text
-
-
 def _device(name: str) -> torch.device:
     import torch
 
@@ -332,13 +299,6 @@ def _given(ctx: typer.Context) -> list[str]:
     """Names of the parameters that the user wrote."""
     sources = {param.name: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
     return [name for name, source in sources.items() if name and source is not None and source.name == "COMMANDLINE"]
-
-
-def _second(context: str | None) -> str | None:
-    """The text of --context, or of the file that it names."""
-    if context is None or "\n" in context or not os.path.isfile(context):
-        return context
-    return _text(Path(context).read_bytes(), context)
 
 
 READ = {"ckpt", "prompt", "prompt_file", "fill_top", "tokenizer", "device", "dtype", "as_json"}

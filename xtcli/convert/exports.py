@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xtcli.config.preset import load_preset
+from xtcli.convert.adapters import merged
 from xtcli.convert.casts import Cast
 from xtcli.convert.checks import counted, label
 from xtcli.convert.companions import copy_companions
@@ -25,12 +26,13 @@ from xtcli.convert.engine import forward, same_bits, to_theirs
 from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import Family, Form
 from xtcli.convert.files import Source, Writer, open_source
-from xtcli.convert.imports import KEPT, REFERENCE
+from xtcli.convert.imports import KEPT, REFERENCE, Commit, whole
 from xtcli.convert.options import Unexpressed, dump, settle
 from xtcli.convert.plan import Plan, make_plan
 from xtcli.convert.reading import CONFIG, read_config, read_json, skeleton
 from xtcli.convert.report import Report
 from xtcli.convert.same import difference, unlike
+from xtcli.convert.verify import Sides
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.registry import Config, tree
 from xtcli.runs.checkpoint import locate
@@ -58,9 +60,7 @@ class Export:
         return self.cast.type(self.source.entries[self.source.ties.get(names[0], names[0])].dtype)
 
 
-def export_checkpoint(
-    path: Path, family: str, cast: Cast, commit: Callable[[Report, Callable[[Path], None]], None], target: str
-) -> Report:
+def export_checkpoint(path: Path, family: str, cast: Cast, commit: Commit, target: str) -> Report:
     """Read a checkpoint of ours and hand what writes theirs to `commit`."""
     folder = locate(path)
     preset = load_preset(folder).preset
@@ -68,6 +68,7 @@ def export_checkpoint(
     source = open_source(folder)
     if source is None:
         raise refuse("has no weights", place=str(folder))
+    source = merged(source, preset.train.lora)
     kept = open_source(folder / REFERENCE, KEPT) if (folder / REFERENCE).is_dir() else None
     before = read_json(folder / REFERENCE / CONFIG) if (folder / REFERENCE / CONFIG).exists() else {}
     like = skeleton(config, str(folder))
@@ -77,8 +78,17 @@ def export_checkpoint(
     _check(source, kept, plan, like, folder)
     job = Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
     report = describe(job, target)
-    commit(report, lambda inside: write(job, inside, report))
+    commit(report, lambda inside: write(job, inside, report), lambda inside: sides(job, inside))
     return report
+
+
+def sides(job: Export, inside: Path) -> Sides:
+    """What --verify compares: the tensors as they will be, since a change of type is no divergence."""
+
+    def ours() -> dict[str, Tensor]:
+        return {name: job.cast(name, tensor) for name, tensor in job.source.map().items()}
+
+    return Sides(job.plan, job.values, ours, lambda: whole(inside).map())
 
 
 def find_form(
@@ -229,8 +239,7 @@ def write(job: Export, inside: Path, report: Report) -> None:
 
 def unchanged(job: Export, inside: Path) -> bool:
     """Whether what was written, read back, gives every byte of the source again."""
-    written = open_source(inside)
-    assert written is not None
+    written = whole(inside)
     for move in job.plan.moves:
         for name, tensor in zip(move.ours, forward(move, written.read, job.like), strict=True):
             if not same_bits(tensor, job.get(name)):

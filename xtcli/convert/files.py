@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -79,6 +80,14 @@ class Source:
     def read(self, name: str) -> Tensor:
         """One tensor."""
         return self.entries[self.ties.get(name, name)].read()
+
+    def map(self) -> dict[str, Tensor]:
+        """All tensors as views of the files, read when touched."""
+        found: dict[str, Tensor] = {}
+        for path in self.files:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return found | {name: found[stored] for name, stored in self.ties.items()}
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,11 @@ from xtcli.convert.plan import Claims, Plan
 from xtcli.convert.preset import preset_yaml
 from xtcli.convert.reading import CONFIG, find_family, read, read_json, skeleton
 from xtcli.convert.report import Report
+from xtcli.convert.verify import Sides
 from xtcli.errors import refuse
+
+Commit = Callable[[Report, Callable[[Path], None], Callable[[Path], Sides]], None]
+"""Makes the folder: takes the report, what writes the files into a folder, and what --verify compares then."""
 
 REFERENCE = "reference"
 KEPT = "kept"
@@ -62,7 +66,7 @@ def import_checkpoint(
     family: str,
     cast: Cast,
     scratch: Path | None,
-    commit: Callable[[Report, Callable[[Path], None]], None],
+    commit: Commit,
     target: str,
 ) -> Report:
     """Read and check a checkpoint of theirs, and hand what writes ours to `commit`.
@@ -79,8 +83,18 @@ def import_checkpoint(
         check(plan, claims, source, str(folder))
         job = Import(folder, source, values, plan, claims, skeleton(plan.config, str(folder)), cast)
         report = describe(job, target)
-        commit(report, lambda inside: write(job, inside, report))
+        commit(report, lambda inside: write(job, inside, report), lambda inside: sides(job, inside))
     return report
+
+
+def sides(job: Import, inside: Path) -> Sides:
+    """What --verify compares: the tensors as they will be, since a change of type is no divergence."""
+
+    def theirs() -> dict[str, Tensor]:
+        found = job.source.map()
+        return {name: job.cast(name, found[given]) for name, given in job.claims.source.items()}
+
+    return Sides(job.plan, job.values, lambda: whole(inside).map(), theirs)
 
 
 def no_weights(folder: Path) -> Exception:
@@ -152,10 +166,16 @@ def _keep_config(job: Import, target: Path) -> None:
         target.write_text(text + "\n", encoding="utf-8")
 
 
-def unchanged(job: Import, inside: Path) -> bool:
-    """Whether what was written, read back, gives every byte of the source again."""
+def whole(inside: Path) -> Source:
+    """The tensors that have been written."""
     written = open_source(inside)
     assert written is not None
+    return written
+
+
+def unchanged(job: Import, inside: Path) -> bool:
+    """Whether what was written, read back, gives every byte of the source again."""
+    written = whole(inside)
     for move in job.plan.moves:
         for name, tensor in zip(move.theirs, backward(move, written.read), strict=True):
             if not same_bits(tensor, job.get(name)):

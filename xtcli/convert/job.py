@@ -14,6 +14,7 @@ from xtcli.convert.exports import export_checkpoint
 from xtcli.convert.imports import import_checkpoint
 from xtcli.convert.reading import CONFIG
 from xtcli.convert.report import Report
+from xtcli.convert.verify import Sides, compare
 from xtcli.errors import did_you_mean, refuse
 from xtcli.runs.folder import MANIFEST, commit_folder
 
@@ -47,13 +48,11 @@ def run(
         raise refuse("is a transformers checkpoint already", "leave out --to hf", place=str(src))
     cast = Cast(parse(dtype))
 
-    def commit(report: Report, write: Callable[[Path], None]) -> None:
+    def commit(report: Report, write: Callable[[Path], None], sides: Callable[[Path], Sides]) -> None:
         def whole(inside: Path) -> None:
             write(inside)
             if verify:
-                from xtcli.convert.verify import compare
-
-                report.verified = compare(src, inside, to, report)
+                report.verified = compare(sides(inside), str(src))
             report.written = True
             report.write(inside)
 

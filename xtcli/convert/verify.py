@@ -9,25 +9,18 @@ ours). Everything is float32 on the CPU.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from xtcli.config.preset import load_preset
-from xtcli.convert.families import by_name
-from xtcli.convert.family import Form
-from xtcli.convert.plan import Plan, make_plan
-from xtcli.convert.reading import CONFIG, read_json
-from xtcli.convert.report import Report
+from xtcli.convert.plan import Plan
 from xtcli.errors import EXIT_FAILURE, Problem, UserError, refuse
 from xtcli.model import construct
-from xtcli.runs.tensors import load_weights
 
 TOLERANCE = 1e-4
 ROWS, LENGTH = 2, 17
@@ -49,46 +42,48 @@ class Pair:
     ours: tuple[str, ...]
 
 
-def compare(src: Path, made: Path, to: str, report: Report) -> dict[str, Any]:
-    """What `verify` found, for the report; raises Diverged naming the first module that differs."""
+@dataclass(frozen=True)
+class Sides:
+    """What is compared: a plan, the config.json, and the tensors of ours and of theirs, mapped when they are needed."""
+
+    plan: Plan
+    values: Mapping[str, Any]
+    ours: Callable[[], Mapping[str, Tensor]]
+    theirs: Callable[[], Mapping[str, Tensor]]
+
+
+def compare(sides: Sides, place: str) -> dict[str, Any]:
+    """What there is to report; raises Diverged naming the first module that differs."""
     if importlib.util.find_spec("transformers") is None:
         raise refuse("--verify compares with transformers, which is not installed", "pip install transformers==4.57.6")
-    ours, theirs = (made, src) if to == "xt" else (src, made)
-    config = load_preset(ours).preset.model
-    family = by_name()[report.family]
-    plan = _plan(config, family.forms, report)
-    pairs = _pairs(plan)
-    inputs = _inputs(config)
-    mine, traced = _run_ours(ours, config, inputs, pairs)
-    expected, reference, version = _run_theirs(theirs, report.architecture, inputs, pairs)
-    modules = {pair.ours: _worst(traced[pair], reference[pair]) for pair in traced if pair in reference}
-    outputs = {name: _worst(mine[name], value) for name, value in expected.items() if name in mine}
-    off = [(" + ".join(names), worst) for names, worst in modules.items() if not worst <= TOLERANCE]
-    off = off or [(f"output {name}", worst) for name, worst in outputs.items() if not worst <= TOLERANCE]
+    import transformers
+
+    cls = getattr(transformers, sides.plan.form.name)
+    pairs = _pairs(sides.plan)
+    inputs = _inputs(sides.plan.config, inspect.signature(cls.forward).parameters)
+    mine, traced = _run_ours(sides, inputs, pairs)
+    expected, reference = _run_theirs(sides, cls, inputs, pairs, place)
+    modules = {" + ".join(pair.ours): _worst(traced[pair], reference[pair]) for pair in traced if pair in reference}
+    outputs = {f"output {name}": _worst(mine[name], value) for name, value in expected.items() if name in mine}
+    off = [(name, worst) for name, worst in (modules | outputs).items() if not worst <= TOLERANCE]
     if off or not outputs:
-        name, worst = off[0] if off else ("no output", float("nan"))
+        name, worst = off[0] if off else ("output", float("nan"))
         cause = f"'{name}' is the first that differs from the reference, by {worst:.3g} (absolute, float32)"
-        raise Diverged(Problem(cause, str(src), remedy="nothing was written; please report it with the config.json"))
+        raise Diverged(Problem(cause, place, remedy="nothing was written; please report it with the config.json"))
     return {
-        "transformers": version,
-        "rows": ROWS,
-        "tokens": LENGTH,
+        "transformers": transformers.__version__,
+        "rows": inputs["input_ids"].shape[0],
+        "tokens": inputs["input_ids"].shape[-1],
         "outputs": len(outputs),
         "modules": len(modules),
         "worst": max((*outputs.values(), *modules.values())),
-        "differences": outputs | {" + ".join(names): worst for names, worst in modules.items()},
+        "differences": modules | outputs,
     }
 
 
-def _plan(config: Any, forms: tuple[Form, ...], report: Report) -> Plan:
-    family = by_name()[report.family]
-    form = next(form for form in forms if form.name == report.architecture)
-    return make_plan(family, form, config, construct(config).state_dict())
-
-
 def _pairs(plan: Plan) -> list[Pair]:
-    """The modules that hold a weight; tables are read without their module being called."""
-    found = {}
+    """The modules that hold a weight, on both sides."""
+    found: dict[tuple[str, ...], Pair] = {}
     for move in plan.moves:
         if len(move.theirs) == 1 and move.theirs[0].endswith(".weight"):
             ours = tuple(name.removesuffix(".weight") for name in move.ours)
@@ -96,40 +91,42 @@ def _pairs(plan: Plan) -> list[Pair]:
     return list(found.values())
 
 
-def _inputs(config: Any) -> dict[str, Tensor]:
+def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
     """Ids and masks: one row without padding, one with some on the right."""
     generator = torch.Generator().manual_seed(0)
-    special = {config.pad, config.start}
     head = config.heads.get("sequence")
     end = head.end if head is not None and head.pick == "end" else None
-    plain = torch.tensor([i for i in range(config.vocab) if i not in special | {end}] or [0])
+    special = {config.pad, config.start, end}
+    plain = torch.tensor([number for number in range(config.vocab) if number not in special] or [0])
+    # Without a padding token the reference labels one text at a time.
+    rows = 1 if head is not None and config.pad is None else ROWS
     length = min(LENGTH, config.context or LENGTH)
 
     def ids(width: int) -> Tensor:
-        return plain[torch.randint(len(plain), (ROWS, width), generator=generator)]
+        return plain[torch.randint(len(plain), (rows, width), generator=generator)]
 
-    inputs = {"input_ids": ids(length), "attention_mask": torch.ones(ROWS, length, dtype=torch.long)}
-    hidden = length // 3
-    if config.pad is not None and hidden:
+    inputs = {"input_ids": ids(length), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+    hidden = length // 3 if config.pad is not None and rows > 1 else 0
+    if hidden:
         inputs["input_ids"][1, length - hidden :] = config.pad
         inputs["attention_mask"][1, length - hidden :] = 0
     if end is not None:
         inputs["input_ids"][0, -1] = end
-        inputs["input_ids"][1, length - hidden - 1] = end
+        inputs["input_ids"][-1, length - hidden - 1] = end
     if "choice" in config.heads or "summary" in config.heads:
         inputs = {name: value[:, None].expand(-1, 2, -1).contiguous() for name, value in inputs.items()}
     if config.kind == "encoder-decoder":
         inputs["decoder_input_ids"] = inputs["input_ids"] if end is not None else ids(length)
+    elif config.memory is not None and "encoder_hidden_states" in accepted:
+        inputs["encoder_hidden_states"] = torch.randn(rows, 5, config.memory, generator=generator)
     return inputs
 
 
-def _run_ours(
-    folder: Path, config: Any, inputs: Mapping[str, Tensor], pairs: list[Pair]
-) -> tuple[Outputs, dict[Pair, Tensor]]:
-    model = construct(config)
-    model.load_state_dict(load_weights(folder), assign=True)
+def _run_ours(sides: Sides, inputs: Mapping[str, Tensor], pairs: list[Pair]) -> tuple[Outputs, dict[Pair, Tensor]]:
+    model = construct(sides.plan.config)
+    model.load_state_dict(sides.ours(), assign=True)
     model = model.float().eval()
-    calls: dict[str, Tensor] = {}
+    calls: Outputs = {}
     with torch.no_grad(), _watched(model, calls):
         output = model(**inputs)
     # Modules run in the order in which they were first called, which is the order to look for a difference in.
@@ -143,33 +140,25 @@ def _run_ours(
 
 
 def _run_theirs(
-    folder: Path, architecture: str, inputs: Mapping[str, Tensor], pairs: list[Pair]
-) -> tuple[Outputs, dict[Pair, Tensor], str]:
-    import transformers
+    sides: Sides, cls: Any, inputs: Mapping[str, Tensor], pairs: list[Pair], place: str
+) -> tuple[Outputs, dict[Pair, Tensor]]:
     from transformers.modeling_utils import no_init_weights
 
-    cls = getattr(transformers, architecture)
-    values = read_json(folder / CONFIG)
-    config = cls.config_class(**{key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")})
-    config._attn_implementation = "eager"
+    config = cls.config_class(**{key: value for key, value in sides.values.items() if "dtype" not in key})
+    # The other kernels ignore some options, and a cache changes what relative positions are measured from.
+    config._attn_implementation, config.use_cache = "eager", False
     with no_init_weights():
         model = cls(config)
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safetensors.safe_open(path, framework="pt") as file:
-            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    missing, _ = model.load_state_dict(sides.theirs(), strict=False, assign=True)
+    unfilled = set(missing) & set(sides.plan.shapes)
+    if unfilled:
+        raise refuse(f"the reference was not given '{min(unfilled)}'", place=place)
     model.tie_weights()
-    del state, missing, unexpected
     model = model.float().eval()
-    calls: dict[str, Tensor] = {}
+    calls: Outputs = {}
     with torch.no_grad(), _watched(model, calls):
         output = model(**inputs)
-    return (
-        _tensors(output),
-        {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls},
-        transformers.__version__,
-    )
+    return _tensors(output), {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls}
 
 
 @contextmanager

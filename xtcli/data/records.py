@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +19,9 @@ from xtcli.data.files import counted
 from xtcli.data.order import permute
 from xtcli.data.prepare import held_out
 from xtcli.data.readers import Piece, Row
-from xtcli.data.sources import STDLIB, open_columns
+from xtcli.data.sources import STDLIB, Source, open_columns
 from xtcli.data.text import Tally
-from xtcli.errors import refuse
+from xtcli.errors import Problem, UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,45 @@ class Texts:
         return iter(self.of.rows)
 
 
-def read_records(data: DataConfig, columns: Sequence[str], seed: int) -> Records:
-    """The rows of a source; raises UserError for what cannot be read, a missing column, and data without rows."""
+def read_records(data: DataConfig, columns: Sequence[str], seed: int, paths: Mapping[str, str]) -> Records:
+    """The rows of a source; `paths` are the settings that name the columns.
+
+    Raises UserError for what cannot be read, a missing column, and data without rows.
+    """
     if data.source == STDLIB:
         cause = "stdlib is plain text, and labels need a file with columns"
         raise refuse(cause, "set data to a jsonl, csv or parquet file, or to a dataset of the hub", path="data.source")
     tally: Tally = Tally()
-    source = open_columns(data, columns)
-    rows = list(source.records(tally))
+    source, rows = _read(data, columns, "data.source", tally, paths)
     if not rows:
         raise refuse("holds no rows", "give a file with rows", place=data.source, path="data.source")
     if isinstance(data.validation, str):
-        held = list(open_columns(held_out(data), columns, key="data.validation").records(tally))
+        _, held = _read(held_out(data), columns, "data.validation", tally, paths)
         if not held:
             raise refuse("holds no rows", "give a file with rows", place=data.validation, path="data.validation")
         sides = {"train": rows, "validation": held}
         return Records(columns, sides, source.describe(), "a source of their own", tally)
     sides, how = _split(rows, data.validation, seed)
     return Records(columns, sides, source.describe(), how, tally)
+
+
+def _read(
+    data: DataConfig, columns: Sequence[str], key: str, tally: Tally, paths: Mapping[str, str]
+) -> tuple[Source, list[Row]]:
+    try:
+        source = open_columns(data, columns, key=key)
+        return source, list(source.records(tally))
+    except UserError as error:
+        raise UserError(*(_named(problem, paths) for problem in error.problems)) from None
+
+
+def _named(problem: Problem, paths: Mapping[str, str]) -> Problem:
+    """What is said about columns, in the words of labelled data: with the setting that names a missing one."""
+    path = next((path for column, path in paths.items() if f"no column {column!r}" in problem.cause), None)
+    if path is None:
+        return replace(problem, cause=problem.cause.replace("pairs need two columns", "labels need columns"))
+    near = problem.remedy if problem.remedy.startswith("did") else ""
+    return replace(problem, remedy=f"{near} set {path} to one of them".strip())
 
 
 def _split(rows: Sequence[Row], share: float, seed: int) -> tuple[dict[str, list[Row]], str]:

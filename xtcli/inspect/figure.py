@@ -15,6 +15,8 @@ from xtcli.inspect.sight import Views
 WIDTH, HEIGHT = 6.0, 5.0
 """Inches of one panel."""
 COLUMNS = 3
+MEANS = {"Greys": "share of the pairs that are seen", "viridis": "added to the score", "coolwarm": "cosine"}
+"""What a colour stands for, by colour map."""
 CELLS = 256
 """Cells along an axis of a drawn grid, at most."""
 
@@ -73,7 +75,7 @@ def draw_views(views: Views, title: str) -> Any:
         axis.set_title(_wrapped(caption), fontsize=8)
         axis.set_xlabel(f"{across} (place in the text)")
         axis.set_ylabel(down)
-        figure.colorbar(image, ax=axis)
+        figure.colorbar(image, ax=axis, label=MEANS[colours])
     return figure
 
 

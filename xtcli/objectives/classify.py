@@ -26,7 +26,7 @@ from xtcli.data.readers import Row
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.objectives.base import Sample
 from xtcli.objectives.labelled import Labelled, nothing_left, settled_head
-from xtcli.objectives.labels import Item, Task, columns_of, item_of, names_in
+from xtcli.objectives.labels import Item, Task, fields_of, item_of, names_in
 from xtcli.objectives.words import clauses, count, truncated
 from xtcli.registry import field, part
 
@@ -75,8 +75,8 @@ class Classify(Labelled):
         self.cut_short = int(self.sizes.max()) > self.frame.room(len(self.rows[0][0]))
 
     @classmethod
-    def columns(cls, config: Any) -> tuple[str, ...]:
-        return columns_of(config)
+    def fields(cls, config: Any) -> tuple[tuple[str, str], ...]:
+        return fields_of(config)
 
     @classmethod
     def texts(cls, config: Any, row: Row) -> Sequence[str]:
@@ -92,6 +92,11 @@ class Classify(Labelled):
             cause = f"one of the heads {', '.join(TASKS)} is to be trained; the model has: {heads}"
             remedy = "say which with objective.of" if have else "set model.heads='{sequence: {}}' for instance"
             raise UserError(Problem(cause, resolved.place("objective"), "objective", remedy))
+        problem = getattr(resolved.preset.model.heads.get(have[0]), "problem", None)  # type: ignore[attr-defined]
+        if problem not in (None, "one"):
+            path = f"model.heads.{have[0]}.problem"
+            cause = f"is '{problem}', and a row of this objective has one label"
+            raise UserError(Problem(cause, resolved.place(path), path, f"set {path}=one"))
         return config.model_copy(update={"of": have[0]})
 
     @classmethod

@@ -128,8 +128,9 @@ class Extract(Labelled):
             self.windows.append(Window(question, start, min(room, length - start)))
 
     @classmethod
-    def columns(cls, config: Any) -> tuple[str, ...]:
-        return config.question, config.context, config.answers, *([config.start] if config.start else [])
+    def fields(cls, config: Any) -> tuple[tuple[str, str], ...]:
+        names = ("question", "context", "answers", *(["start"] if config.start else []))
+        return tuple((getattr(config, name), name) for name in names)
 
     @classmethod
     def texts(cls, config: Any, row: Row) -> Sequence[str]:

@@ -61,8 +61,13 @@ class Labelled(Objective):
 
     @classmethod
     @abstractmethod
+    def fields(cls, config: Any) -> tuple[tuple[str, str], ...]:
+        """The columns that rows are read from, each with the field of the config that names it."""
+
+    @classmethod
     def columns(cls, config: Any) -> tuple[str, ...]:
         """The columns that rows are read from; values stand in this order."""
+        return tuple(column for column, _ in cls.fields(config))
 
     @classmethod
     @abstractmethod
@@ -90,7 +95,8 @@ class Labelled(Objective):
 
         config = cls.begin(resolved, model)
         data = resolved.preset.data
-        records = read_records(data, cls.columns(config), resolved.preset.train.seed)
+        paths = {column: f"objective.{name}" for column, name in cls.fields(config)}
+        records = read_records(data, cls.columns(config), resolved.preset.train.seed, paths)
         preset, config = cls.settle(resolved, config, records)
         source = Texts(records, lambda row: cls.texts(config, row))
         tokenizer, note = make_tokenizer(preset.tokenizer, source, folder_of(data))

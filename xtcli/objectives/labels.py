@@ -34,15 +34,23 @@ class Item:
     target: Any = None
 
 
+def fields_of(config: Any) -> tuple[tuple[str, str], ...]:
+    """The columns of a classification, each with the field that names it: text, what goes with it, label."""
+    words = config.of == "token"
+    text = config.text or ("tokens" if words else "text")
+    label = config.label or ("tags" if words else "label")
+    middle: tuple[tuple[str, str], ...] = ()
+    if config.of == "sequence" and config.pair:
+        middle = ((config.pair, "pair"),)
+    elif config.of == "choice":
+        names = (config.choices,) if isinstance(config.choices, str) else config.choices
+        middle = tuple((name, "choices") for name in names)
+    return (text, "text"), *middle, (label, "label")
+
+
 def columns_of(config: Any) -> tuple[str, ...]:
-    """The columns of a classification: text, what goes with it, label."""
-    text, label = config.text, config.label
-    if config.of == "token":
-        return text or "tokens", label or "tags"
-    middle = (config.pair,) if config.of == "sequence" and config.pair else ()
-    if config.of == "choice":
-        middle = (config.choices,) if isinstance(config.choices, str) else config.choices
-    return text or "text", *middle, label or "label"
+    """The columns of a classification."""
+    return tuple(column for column, _ in fields_of(config))
 
 
 def item_of(config: Any, number: int, row: Row, labelled: bool = True) -> Item | None:
@@ -154,7 +162,8 @@ def _number(label: str, names: Sequence[str] | None, place: str, column: str) ->
         return 0
     if label not in names:
         cause = f"column {column!r} holds {label!r}, which is none of the {len(names)} labels of the model"
-        raise refuse(cause, did_you_mean(label, names), place=place)
+        remedy = f"{did_you_mean(label, names)}; objective.labels=null collects them from the data"
+        raise refuse(cause, remedy, place=place)
     return names.index(label)
 
 

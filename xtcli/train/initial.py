@@ -9,7 +9,7 @@ Adapters of a checkpoint (xtcli.train.lora) are added to its weights first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,13 @@ MOST = 20
 
 @dataclass(frozen=True)
 class Fit:
-    """How a checkpoint fits a model: tensors by name; `other` are those whose shape differs, with a sentence."""
+    """How a checkpoint fits a model: tensors by name, and sentences about what is not as it was."""
 
     folder: Path
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
-    other: Mapping[str, str]
-    difference: str
+    notes: tuple[str, ...]
 
     def modules(self) -> tuple[str, ...]:
         """The paths of the modules that start fresh: whole heads where nothing of them was loaded."""
@@ -54,12 +53,9 @@ class Fit:
         lines = [f"starting from {self.folder}: {_tensors(len(self.loaded))} loaded"]
         if self.fresh:
             lines.append(f"fresh, for want of weights: {_listed(self.fresh, self.loaded)}")
-            lines += self.other.values()
         if self.unused:
             lines.append(f"left out, for want of a place: {_listed(self.unused, self.loaded)}")
-        if self.difference:
-            lines.append(f"the checkpoint was made with another network: {self.difference} as in this preset")
-        return lines
+        return lines + list(self.notes)
 
 
 def settle(resolved: Resolved) -> Resolved:
@@ -77,15 +73,15 @@ def compare(model: nn.Module, resolved: Resolved) -> Fit:
     have = _weights(folder)
     want: dict[str, Tensor] = model.state_dict()
     place = resolved.place("train.init")
-    problems, loaded, fresh, other = [], [], [], {}
-    for name, tensor in want.items():
+    problems, loaded, fresh, notes = [], [], [], []
+    for name in want:
         shapes = [tuple(state[name].shape) if name in state else None for state in (have, want)]
         if shapes[0] == shapes[1]:
             loaded.append(name)
         elif _outer(name):
             fresh.append(name)
             if shapes[0] is not None:
-                other[name] = f"{name} has shape {shapes[0]} in the checkpoint and {tuple(tensor.shape)} here"
+                notes.append(f"{name} has shape {shapes[0]} in the checkpoint and {shapes[1]} here")
         else:
             cause = f"tensor '{name}' is missing in the checkpoint"
             if shapes[0] is not None:
@@ -101,8 +97,13 @@ def compare(model: nn.Module, resolved: Resolved) -> Fit:
     if problems:
         more = [Problem(f"{len(problems) - MOST} more tensors do not fit", place, "train.init")]
         raise UserError(*problems[:MOST], *(more if len(problems) > MOST else []))
-    known = difference(_bare(load_preset(folder / RECORDED).preset.model), _bare(resolved.preset.model))
-    return Fit(folder, tuple(loaded), tuple(fresh), tuple(unused), other, known)
+    before, after = load_preset(folder / RECORDED).preset, resolved.preset
+    if other := difference(_bare(before.model), _bare(after.model)):
+        notes.append(f"the checkpoint was made with another network: {other} as in this preset")
+    theirs, ours = (getattr(preset.objective, "labels", None) for preset in (before, after))
+    if theirs and ours and theirs != ours and any(name.startswith("heads.") for name in loaded):
+        notes.append(f"the labels of its head were {_few(theirs)}; they are to become {_few(ours)}")
+    return Fit(folder, tuple(loaded), tuple(fresh), tuple(unused), tuple(notes))
 
 
 def fill(model: nn.Module, fit: Fit) -> None:
@@ -191,6 +192,10 @@ def _group(name: str) -> str:
 
 def _listed(names: Iterable[str], loaded: Iterable[str]) -> str:
     return ", ".join(f"{group} ({_tensors(count)})" for group, count in _groups(names, loaded).items())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST]) + (", ..." if len(names) > MOST else "")
 
 
 def _tensors(count: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from xtcli.generate.engine import generate, task_of
 from xtcli.generate.fill import MASK
-from xtcli.generate.label import labels_texts, say
+from xtcli.generate.label import label, labels_texts, say
 from xtcli.generate.options import Answer, Options
 from xtcli.generate.said import brief
 from xtcli.parts.graphs import Graph
@@ -45,7 +45,10 @@ def shown(answer: Answer) -> str:
 
 
 def _labelled(model: Graph, job: Any) -> str:
-    """What the model says of the first rows that are held out (or else trained on), and what the data says."""
+    """What the model says of the prompts, or of rows that are held out (else trained on) beside what the data says."""
+    if job.config.sample_prompts:
+        said = label(model, job.tokenizer, job.resolved.preset, job.config.sample_prompts)
+        return "\n".join(map(brief, said.results))
     objective = job.validation if job.validation is not None else job.objective
     rows, config = objective.used[:LABELLED], objective.config
     said = say(model, job.tokenizer, type(objective), config, rows, objective.context)

@@ -18,6 +18,7 @@ from xtcli.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from xtcli.runs.metrics import read_metrics
 from xtcli.runs.run import ENVIRONMENT, Run, check_disk, gib
 from xtcli.runs.state import restore
+from xtcli.train.board import open_board
 from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer, logged
 from xtcli.train.plan import lines
@@ -105,11 +106,15 @@ def resume(
 
 
 def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: View, record: Record) -> Trainer:
-    def log(line: dict[str, Any]) -> None:
-        run.metrics.append(line)
-        record(line)
-
     config = job.config
+    records: list[Record] = [run.metrics.append, record]
+    if config.tensorboard:
+        records.append(open_board(run.path))
+
+    def log(line: dict[str, Any]) -> None:
+        for each in records:
+            each(line)
+
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     model: Model = with_weights(job, weights)

@@ -1,0 +1,118 @@
+"""The module tree: what it counts, what it folds, how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from xtcli.config import library
+from xtcli.config.preset import Resolved, load_preset
+from xtcli.errors import UserError
+from xtcli.inspect import cost, memory, modules, units
+from xtcli.inspect.cost import measure_costs, synthetic
+from xtcli.model import build, construct, count, skeleton
+from xtcli.parts.attention import Attention
+from xtcli.parts.context import KeyValues
+from xtcli.registry import find
+from xtcli.train.counting import Alive, Kernels
+from xtcli.train.plan import measure
+
+PRESETS = library.names()
+
+TREE = """\
+decoder                                                                             79,616 parameters
+  embed  tokens                                                                     32,768
+    tokens                (512, 64)                                                 32,768
+  stack                                                                             46,848
+    shared.turns 0  rotary  16, theta=10000.0, half, scaling=none                        0
+    blocks 0-1  (2 x 23,360)                                                        46,720
+      attn  attention  heads=4, kv_heads=1, head_dim=16, scale=0.25, mask causal, position rotary  10,240
+"""
+
+
+def tiny_decoder(**stack: Any) -> nn.Module:
+    """A decoder of four layers on the meta device, with these settings of its stack."""
+    block = {"sublayers": {"attn": {"kind": "attention", "heads": 2}, "ffn": {"kind": "mlp", "hidden": 8}}}
+    config = {"vocab": 11, "dim": 4, "context": 16, "stack": {"layers": 4, "block": block} | stack, "heads": {"lm": {}}}
+    return construct(find("graph", "decoder").Config.model_validate(config))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_tree_and_components_count_every_parameter_once(name: str) -> None:
+    model = skeleton(load_preset(name, tiny=True))
+    assert modules.tree(model).total == sum(modules.components(model).values()) == count(model)
+    folded = [child for child in _below(modules.tree(model)) if "blocks" in child.name]
+    assert sum(node.times for node in folded) == sum(type(module).__name__ == "Block" for module in model.modules())
+
+
+def _below(node: modules.Node) -> list[modules.Node]:
+    return [node, *(found for child in node.children for found in _below(child))]
+
+
+BLOCK = """\
+decoder                                                                       228 parameters
+  embed  tokens                                                                44
+    tokens                (11, 4)                                              44
+  stack                                                                       184
+    block 0  one
+"""
+
+
+def test_tree_as_printed() -> None:
+    text = "\n".join(modules.lines(modules.tree(tiny_decoder()))).splitlines()
+    assert [line.rstrip() for line in text] == [
+        "decoder                                                                     724 parameters",
+        "  embed  tokens                                                              44",
+        "    tokens                (11, 4)                                            44",
+        "  stack                                                                     680",
+        "    blocks 0-3  (4 x 168)                                                   672",
+        "      attn  attention  heads=2, kv_heads=2, head_dim=2, scale=0.7071, mask causal   80",
+    ][: len(text)]
+
+
+FOLDS = [
+    ({}, ["blocks 0-3"]),
+    ({"block": None, "pattern": ["a", "b"], "blocks": {"a": ("causal", 8), "b": ("full", 8)}}, ["blocks 0, 2", "blocks 1, 3"]),
+    ({"block": None, "pattern": ["a", "a", "a", "b"], "blocks": {"a": ("causal", 8), "b": ("causal", 9)}}, ["blocks 0-2", "blocks 3"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stack", "names"), FOLDS, ids=("alike", "masks differ", "widths differ"))
+def test_layers_fold_only_where_they_are_equal(stack: dict[str, Any], names: list[str]) -> None:
+    if "blocks" in stack:
+        stack = stack | {"blocks": {key: _block(*value) for key, value in stack["blocks"].items()}}
+    found = [node for node in _below(modules.tree(tiny_decoder(**stack))) if node.name.startswith("blocks")]  # type: ignore[arg-type]
+    assert [node.name for node in found] == names
+
+
+def _block(mask: str, hidden: int) -> dict[str, Any]:
+    return {"sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}, "ffn": {"kind": "mlp", "hidden": hidden}}}
+
+
+def test_layers_that_differ_in_a_figure_alone_fold_and_show_its_range() -> None:
+    attn = {"kind": "attention", "heads": 2, "scale": 2.0, "scale_by_depth": True}
+    model = tiny_decoder(block={"sublayers": {"attn": attn}})
+    (attention,) = [node for node in _below(modules.tree(model)) if node.kind == "attention"]  # type: ignore[arg-type]
+    assert "scale=2 .. 0.5" in attention.detail
+
+
+def test_a_tensor_that_two_modules_share_counts_where_it_stands_first() -> None:
+    model = tiny_decoder()
+    before = count(model)
+    model.stack.blocks[1].ffn.up.weight = model.stack.blocks[0].ffn.up.weight  # type: ignore[union-attr, index]
+    node = modules.tree(model)  # type: ignore[arg-type]
+    assert node.total == sum(modules.components(model).values()) == before - 32  # type: ignore[arg-type]
+    assert [child.tied for child in _below(node) if child.tied] == [("weight",)]
+
+
+@pytest.mark.parametrize("numbers, text", [([0], "0"), ([0, 1, 2], "0-2"), ([0, 1, 3], "0-1, 3"), ([1, 3, 5, 7], "1, 3 .. 7")])
+def test_spans(numbers: list[int], text: str) -> None:
+    assert units.spans(numbers) == text
+
+
