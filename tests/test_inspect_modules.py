@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from xtcli.config import library
-from xtcli.config.preset import Resolved, load_preset
-from xtcli.errors import UserError
-from xtcli.inspect import cost, memory, modules, units
-from xtcli.inspect.cost import measure_costs, synthetic
-from xtcli.model import build, construct, count, skeleton
-from xtcli.parts.attention import Attention
-from xtcli.parts.context import KeyValues
+from xtcli.config.preset import load_preset
+from xtcli.inspect import modules, units
+from xtcli.model import construct, count, skeleton
 from xtcli.registry import find
-from xtcli.train.counting import Alive, Kernels
-from xtcli.train.plan import measure
 
 PRESETS = library.names()
 
 TREE = """\
-decoder                                                                             79,616 parameters
-  embed  tokens                                                                     32,768
-    tokens                (512, 64)                                                 32,768
-  stack                                                                             46,848
-    shared.turns 0  rotary  16, theta=10000.0, half, scaling=none                        0
-    blocks 0-1  (2 x 23,360)                                                        46,720
-      attn  attention  heads=4, kv_heads=1, head_dim=16, scale=0.25, mask causal, position rotary  10,240
-"""
+decoder                                                                                            188,736 parameters
+  embed  tokens                                                                                     32,768
+    tokens                             (512, 64)                                                    32,768
+  stack                                                                                            123,200
+    shared.turns 0  rotary  16, theta=10000.0, half, scaling=none                                        0
+    blocks 0-1  (2 x 61,568)                                                                       123,136
+      attn  attention  heads=4, kv_heads=2, head_dim=16, scale=0.25, mask causal, position rotary   12,288
+        q                              (64, 64)                                                      4,096
+        k                              (32, 64)                                                      2,048
+        v                              (32, 64)                                                      2,048
+        o                              (64, 64)                                                      4,096
+      ffn  glu                                                                                      49,152
+        up                             (256, 64)                                                    16,384
+        down                           (64, 256)                                                    16,384
+        gate                           (256, 64)                                                    16,384
+      wiring  pre                                                                                      128
+        norm.attn  rms  64, eps=1e-05  (64)                                                             64
+        norm.ffn  rms  64, eps=1e-05   (64)                                                             64
+    norm  rms  64, eps=1e-05           (64)                                                             64
+  heads.lm                                                                                          32,768
+    decoder                            (512, 64)                                                    32,768"""
 
 
 def tiny_decoder(**stack: Any) -> nn.Module:
@@ -55,25 +58,25 @@ def _below(node: modules.Node) -> list[modules.Node]:
     return [node, *(found for child in node.children for found in _below(child))]
 
 
-BLOCK = """\
-decoder                                                                       228 parameters
-  embed  tokens                                                                44
-    tokens                (11, 4)                                              44
-  stack                                                                       184
-    block 0  one
-"""
-
-
 def test_tree_as_printed() -> None:
-    text = "\n".join(modules.lines(modules.tree(tiny_decoder()))).splitlines()
-    assert [line.rstrip() for line in text] == [
-        "decoder                                                                     724 parameters",
-        "  embed  tokens                                                              44",
-        "    tokens                (11, 4)                                            44",
-        "  stack                                                                     680",
-        "    blocks 0-3  (4 x 168)                                                   672",
-        "      attn  attention  heads=2, kv_heads=2, head_dim=2, scale=0.7071, mask causal   80",
-    ][: len(text)]
+    assert "\n".join(modules.lines(modules.tree(skeleton(load_preset("tinyllama-1.1b", tiny=True))))) == TREE
+
+
+def test_ties_are_said_where_they_are() -> None:
+    text = modules.lines(modules.tree(skeleton(load_preset("bert-base", tiny=True))))
+    assert [line.split("  ")[1:3] for line in text if "heads.mlm" in line] == [["heads.mlm", "tied to the token table"]]
+    assert any(line.split()[-3:] == ["bias", "(512)", "4,800"] for line in text)
+
+
+def test_shares_as_printed() -> None:
+    parts = modules.components(skeleton(load_preset("tinyllama-1.1b", tiny=True)))
+    assert "\n".join(modules.share_lines(parts)) == (
+        "embedding  32,768  parameters  17.36%\n"
+        "attention  24,576  parameters  13.02%\n"
+        "ffn        98,304  parameters  52.09%\n"
+        "norms         320  parameters   0.17%\n"
+        "heads      32,768  parameters  17.36%"
+    )
 
 
 FOLDS = [
@@ -92,7 +95,9 @@ def test_layers_fold_only_where_they_are_equal(stack: dict[str, Any], names: lis
 
 
 def _block(mask: str, hidden: int) -> dict[str, Any]:
-    return {"sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}, "ffn": {"kind": "mlp", "hidden": hidden}}}
+    return {
+        "sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}, "ffn": {"kind": "mlp", "hidden": hidden}}
+    }
 
 
 def test_layers_that_differ_in_a_figure_alone_fold_and_show_its_range() -> None:
@@ -111,8 +116,8 @@ def test_a_tensor_that_two_modules_share_counts_where_it_stands_first() -> None:
     assert [child.tied for child in _below(node) if child.tied] == [("weight",)]
 
 
-@pytest.mark.parametrize("numbers, text", [([0], "0"), ([0, 1, 2], "0-2"), ([0, 1, 3], "0-1, 3"), ([1, 3, 5, 7], "1, 3 .. 7")])
+@pytest.mark.parametrize(
+    "numbers, text", [([0], "0"), ([0, 1, 2], "0-2"), ([0, 1, 3], "0-1, 3"), ([1, 3, 5, 7], "1, 3 .. 7")]
+)
 def test_spans(numbers: list[int], text: str) -> None:
     assert units.spans(numbers) == text
-
-

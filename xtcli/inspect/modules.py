@@ -41,7 +41,7 @@ ORDER = ("embedding", "attention", "ffn", "norms", "heads")
 
 @dataclass(frozen=True)
 class Node:
-    """One module of the tree, or `times` equal ones.
+    """One module of the tree, or `times` equal ones; a module that fills no slot has its class for its kind.
 
     tensors: its own parameters, name -> shape. `tied` are those of another module, not counted. `parameters`
     counts one of the equal modules with everything below it. `loose` names the figures of the description in which
@@ -49,6 +49,7 @@ class Node:
     """
 
     name: str
+    slot: str
     kind: str
     detail: tuple[str, ...] = ()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -75,6 +76,7 @@ class Node:
         """The node as plain data."""
         return {
             "name": self.name,
+            "slot": self.slot or None,
             "kind": self.kind,
             "detail": list(self.detail),
             "times": self.times,
@@ -113,6 +115,7 @@ def _node(name: str, module: nn.Module, stack: Stack | None, seen: set[int], mod
         detail += ("tied to the token table",)
     return Node(
         name,
+        slot,
         kind or type(module).__name__,
         detail,
         {key: tuple(parameter.shape) for key, parameter in own.items()},
@@ -194,8 +197,8 @@ def lines(root: Node) -> list[str]:
 
 
 def _rows(node: Node, depth: int) -> Iterator[tuple[str, str, str]]:
-    kind = "" if node.kind in ("Linear", "Embedding", "Block", "Stack", "Tower") else node.kind
-    words = [node.name, *([kind] if kind and node.name.rpartition(".")[2] != kind else []), ", ".join(node.detail)]
+    kind = node.kind if node.slot and node.name.rpartition(".")[2] != node.kind else ""
+    words = [node.name, kind, ", ".join(node.detail)]
     if node.times > 1:
         words.append(f"({node.times} x {node.parameters:,})")
     shapes = " + ".join(

@@ -85,7 +85,7 @@ def mask_caption(view: MaskView) -> str:
 
 def bias_caption(view: BiasView) -> str:
     """What a bias's picture shows."""
-    span = f"{units.figure(float(view.keys.min()))} to {units.figure(float(view.keys.max()))}"
+    span = f"{units.figure(view.low)} to {units.figure(view.high)}"
     how = {
         "": f"added to the scores, {span}",
         "trained": f"trained, added to the scores, {span}",
@@ -138,6 +138,8 @@ def facts(views: Views) -> dict[str, object]:
                 "length": v.length,
                 "query": v.query,
                 "values": v.learned or "computed",
+                "low": v.low,
+                "high": v.high,
                 "heads": v.keys.tolist(),
             }
             for v in views.biases

@@ -69,7 +69,8 @@ class MaskView:
 
 @dataclass(frozen=True)
 class BiasView:
-    """One distinct bias: `keys` (heads, cells) for the query at `query`, `grid` (cells, cells) of the first head."""
+    """One distinct bias: `keys` (heads, cells) for the query at `query`, which are `low` to `high` before they are
+    averaged; `grid` (cells, cells) of the first head."""
 
     stack: str
     users: str
@@ -77,6 +78,8 @@ class BiasView:
     length: int
     query: int
     learned: str
+    low: float
+    high: float
     keys: Tensor
     grid: Tensor
 
@@ -249,7 +252,7 @@ def _bias(
         row = bias.scores(_ctx(length, query, 1), 1)[0, :, 0].float()  # type: ignore[operator]
         grid = _reduce(lambda ctx, n: bias.scores(ctx, n)[0, 0].float(), length, cells)  # type: ignore[operator]
     keys = row @ _averages(length, cells)
-    return BiasView(stack, users, _kind(bias), length, query, learned, keys, grid)
+    return BiasView(stack, users, _kind(bias), length, query, learned, float(row.min()), float(row.max()), keys, grid)
 
 
 def _filled(bias: nn.Module, path: str, weights: Weights | None) -> tuple[nn.Module, str]:

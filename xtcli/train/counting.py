@@ -6,7 +6,7 @@
 PyTorch has no fused attention for meta tensors: there it writes the product of queries and keys out, (B, H, T, S),
 which a real device never holds. Inside `Kernels` each call of scaled-dot-product attention costs what the fused
 kernels cost: 4 B H T S D FLOPs, and for the backward pass its inputs, its output and one float32 number for each
-query. On the CPU a call with dropout has no fused kernel, so there the scores are counted as they are.
+query. On the CPU a call with dropout or a learned bias has no fused kernel: there the scores count as they are.
 
 Autocast does not know meta tensors either. With a narrow type `Kernels` casts what it would: operands of matrix
 products to that type, a weight once; operands of norms, softmax and powers to float32.
@@ -109,9 +109,11 @@ class Kernels(TorchFunctionMode):
             args = [self._cast(value, wanted) for value in args]
             kwargs = {key: self._cast(value, wanted) for key, value in kwargs.items()}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            written_out = self.device == "cpu" and kwargs.get("dropout_p", 0.0) > 0
+            mask = kwargs.get("attn_mask")
+            learned = mask is not None and mask.requires_grad
+            written_out = self.device == "cpu" and (learned or kwargs.get("dropout_p", 0.0) > 0)
             if not written_out:
-                return _Attention.apply(*args[:3], kwargs.get("attn_mask"))  # type: ignore[no-untyped-call]
+                return _Attention.apply(*args[:3], mask)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
