@@ -15,46 +15,42 @@ GOOD, BAD = "great lovely superb".split(), "awful boring weak".split()
 THINGS = "film book meal hotel show game".split()
 NAMES, TOWNS = "anna boris clara david".split(), "paris rome oslo lima".split()
 
-ENCODER = """\
+SMALL = """\
 version: 1
 about: {title: Small}
+objective: classify
+data: {source: rows.jsonl, validation: 0.25}
+train: {steps: 60, batch: 16, lr: 5e-3, warmup: 5, schedule: linear, log_every: 20, validate_every: 0, sample_every: 0,
+  save_every: 0, device: cpu, precision: fp32, keep: 1}
+"""
+BLOCK = "attn: {kind: attention, heads: 4}, ffn: {kind: mlp, hidden: 64}"
+ENCODER = f"""\
+tokenizer: {{kind: wordpiece, vocab: 300}}
 model:
   kind: encoder
   vocab: 300
   dim: 32
   context: 48
   pad: 0
-  embed: {kind: tokens, positions: learned, segments: 2, norm: layer}
-  stack:
-    layers: 1
-    norm: none
-    block:
-      wiring: post
-      sublayers: {attn: {kind: attention, heads: 4}, ffn: {kind: mlp, hidden: 64}}
-  pooler: {}
-  heads: {sequence: {}}
-objective: classify
-tokenizer: {kind: wordpiece, vocab: 300}
-data: {source: rows.jsonl, validation: 0.25}
-train: {steps: 60, batch: 16, lr: 5e-3, warmup: 5, schedule: linear, log_every: 20, validate_every: 0, sample_every: 0,
-  save_every: 0, device: cpu, precision: fp32, keep: 1}
+  embed: {{kind: tokens, positions: learned, segments: 2, norm: layer}}
+  stack: {{layers: 1, norm: none, block: {{wiring: post, sublayers: {{{BLOCK}}}}}}}
+  pooler: {{}}
+  heads: {{sequence: {{}}}}
 """
-
-DECODER = """\
-version: 1
-extends: small.yaml
+DECODER = f"""\
+tokenizer: {{kind: bpe, vocab: 300}}
 model:
   kind: decoder
-  embed: {kind: tokens}
-  stack: {position: rotary}
-  pooler: null
-  heads: {sequence: {pick: last}}
-tokenizer: {kind: bpe, vocab: 300}
+  vocab: 300
+  dim: 32
+  context: 48
+  stack: {{layers: 1, position: rotary, block: {{sublayers: {{{BLOCK}}}}}}}
+  heads: {{sequence: {{pick: last}}}}
 """
-
-PAIR = """\
-version: 1
-about: {title: Small pair}
+POSITION = "position: {kind: t5, buckets: 8, furthest: 20}"
+CROSS = "cross: {kind: cross-attention, heads: 4}"
+PAIR = f"""\
+tokenizer: {{kind: unigram, vocab: 300}}
 model:
   kind: encoder-decoder
   vocab: 300
@@ -62,27 +58,11 @@ model:
   context: 48
   pad: 0
   norm: rms
-  encoder:
-    stack:
-      layers: 1
-      position: {kind: t5, buckets: 8, furthest: 20}
-      block: {sublayers: {attn: {kind: attention, heads: 4}, ffn: {kind: mlp, hidden: 64}}}
-  decoder:
-    stack:
-      layers: 1
-      position: {kind: t5, buckets: 8, furthest: 20}
-      block:
-        sublayers:
-          attn: {kind: attention, heads: 4}
-          cross: {kind: cross-attention, heads: 4}
-          ffn: {kind: mlp, hidden: 64}
-  heads: {sequence: {pick: end}}
-objective: classify
-tokenizer: {kind: unigram, vocab: 300}
-data: {source: rows.jsonl, validation: 0.25}
-train: {steps: 60, batch: 16, lr: 5e-3, warmup: 5, schedule: linear, log_every: 20, validate_every: 0, sample_every: 0,
-  save_every: 0, device: cpu, precision: fp32, keep: 1}
+  encoder: {{stack: {{layers: 1, {POSITION}, block: {{sublayers: {{{BLOCK}}}}}}}}}
+  decoder: {{stack: {{layers: 1, {POSITION}, block: {{sublayers: {{{BLOCK.replace("ffn", CROSS + ", ffn")}}}}}}}}}
+  heads: {{sequence: {{pick: end}}}}
 """
+PRESETS = {"small": ENCODER, "decoder": DECODER, "pair": PAIR}
 
 
 def rows(task: str, count: int = 160, seed: int = 0) -> list[dict[str, Any]]:
@@ -125,8 +105,8 @@ MAKERS = {"sequence": _sequence, "pair": _pair, "token": _token, "choice": _choi
 
 def write(folder: Path, records: Sequence[dict[str, Any]], name: str = "rows.jsonl") -> Path:
     """The rows as a file, and the presets beside it."""
-    for file, text in (("small.yaml", ENCODER), ("decoder.yaml", DECODER), ("pair.yaml", PAIR)):
-        (folder / file).write_text(text, encoding="utf-8")
+    for preset, text in PRESETS.items():
+        (folder / f"{preset}.yaml").write_text(SMALL + text, encoding="utf-8")
     path = folder / name
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

@@ -411,3 +411,20 @@ def test_large_checkpoints_are_written_in_shards(tmp_path: Path) -> None:
     assert found is not None and len(found.files) > 3
     assert same({name: found.read(name) for name in found.entries}, made)
     assert same(load_weights(tmp_path), made) and same(tensors(tmp_path), made)
+
+
+def test_adapters_are_read_as_part_of_their_weights(tmp_path: Path) -> None:
+    from xtcli.config.train import LoraConfig
+    from xtcli.convert.adapters import merged
+    from xtcli.convert.files import open_source
+
+    config = LoraConfig(rank=2, alpha=4)
+    made = {"q.weight": torch.randn(3, 5), "q.lora.up": torch.randn(3, 2), "q.lora.down": torch.randn(2, 5)}
+    safetensors.torch.save_file(made | {"k.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    assert source is not None
+    found = merged(source, config)
+    assert found.map().keys() == found.entries.keys() == {"q.weight", "k.weight"}
+    wanted = made["q.weight"] + 2 * made["q.lora.up"] @ made["q.lora.down"]
+    torch.testing.assert_close(found.map()["q.weight"], wanted)
+    assert same(found.map(), {name: found.read(name) for name in found.entries})

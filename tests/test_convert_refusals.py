@@ -430,6 +430,7 @@ def test_the_command(sources: dict[str, Path], tmp_path: Path, capsys: Any, monk
     code, out, err = run("auto", src, there)
     assert (code, out) == (2, "") and err == f"{there}: exists; choose another folder, or add --force to replace it\n"
     code, out, err = run("gtp2", src, str(tmp_path / "x"))
-    assert code == 2 and err == "xt: there is no family 'gtp2'; did you mean 'gpt2'?\n"
+    listed = "auto, bert, code_llama, gpt2, llama, t5"
+    assert code == 2 and err == f"xt: there is no family 'gtp2'; did you mean 'gpt2'? known: {listed}\n"
     code, out, err = run("auto", there, str(tmp_path / "back"), "--to", "hf")
     assert code == 0 and "GPT2LMHeadModel.from_pretrained" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -200,19 +201,20 @@ def stop_at(step: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resumed_run_equals_one_never_stopped(
     lora: list[str], runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, _ = runs["pair"]
+    base = tmp_path / "base"
+    shutil.copytree(runs["pair"][0], base)
     data = write(tmp_path, rows("sequence"))
     options = [f"data.source={data}", f"train.init={base}", "model.dropout=0.1", *lora]
     options += ["train.steps=9", "train.save_every=3", "train.log_every=1", "train.validate_every=4", "train.micro_batch=5"]
     resolved = load_preset(tmp_path / "small.yaml", options)
     ends: dict[str, list[tuple[Any, ...]]] = {}
-    for name, stop in (("whole", None), ("cut", 5)):
+    for name, stop in (("whole", None), ("cut", 5)):  # the second one goes on without what it started from
         stop_at(stop, monkeypatch)
         code, run = new(resolved, out=tmp_path / name, command=["xt"], record=lambda line: None, talk=lambda text: None)
         if stop is not None:
             assert code == 143
             stop_at(None, monkeypatch)
-            (tmp_path / "gone").mkdir()
+            base.rename(tmp_path / "gone")
             code, _ = resume(run, [], command=["xt"], record=lambda line: None, talk=lambda text: None)
         assert code == 0
         log = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -28,7 +28,7 @@ RULES: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "allowed"), RULES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("rule", "allowed"), RULES, ids=[str(rule)[:40] for rule, _ in RULES])
 @pytest.mark.parametrize(("length", "cells"), [(12, 12), (12, 4), (13, 5)])
 @pytest.mark.parametrize("band", [1, 10**6])
 def test_a_grid_is_the_share_seen_of_each_cell(
@@ -98,7 +98,11 @@ def test_layers_of_a_pattern_are_told_apart() -> None:
     def block(mask: Any) -> dict[str, Any]:
         return {"sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}}}
 
-    stack = {"layers": 4, "pattern": ["near", "far"], "blocks": {"near": block({"kind": "window", "left": 1}), "far": block("causal")}}
+    stack = {
+        "layers": 4,
+        "pattern": ["near", "far"],
+        "blocks": {"near": block({"kind": "window", "left": 1}), "far": block("causal")},
+    }
     config: Config = find("graph", "decoder").Config.model_validate({"vocab": 5, "dim": 4, "stack": stack})  # type: ignore[attr-defined]
     found = sight.look(construct(config), 4, 4)
     assert [(view.rule, view.users) for view in found.masks] == [
@@ -161,12 +165,12 @@ stack: mask window(left=1, right=0, dilation=1) (attn of layers 0-1): 8.2% of 24
         .#
 
 stack: bias alibi (attn of layers 0-1): added to the scores, -5.75 to 0; heads down, 24 keys across, for the query at 23
-  head 0   ..::**
-  head 1 :*******
-  head 2 *****###
+  head 0  ..::**#
+  head 1 ****####
+  head 2 ########
   head 3 ########
 
-embed.positions: learned, 128 places"""  # noqa: E501
+embed.positions: learned, 128 places"""
 
 
 def test_pictures_as_printed() -> None:

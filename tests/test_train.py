@@ -245,7 +245,7 @@ MARKED = "tokenizer={kind: bytes, special: {pad: <pad>, cls: <cls>, sep: <sep>, 
 BAD = {
     "no such preset": (["gpt2-nanno"], "gpt2-nano"),
     "misspelt override": (["gpt2-nano", "train.stepps=3"], "did you mean 'train.steps'?"),
-    "impossible heads": (["gpt2-nano", "model.stack.block.sublayers.attn.heads=7"], "7 heads do not divide dim 192"),
+    "impossible heads": (["gpt2-nano", "model.stack.block.sublayers.attn.heads=7"], "7 heads do not divide dim 128"),
     "missing data": (["gpt2-nano", "data=nowhere.txt"], "nowhere.txt"),
     "empty file": (["gpt2-nano", "data=empty.txt"], "empty.txt"),
     "short text": (["gpt2-nano", "data=short.txt", *QUICK], "token"),

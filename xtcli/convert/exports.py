@@ -29,7 +29,7 @@ from xtcli.convert.files import Source, Writer, open_source
 from xtcli.convert.imports import KEPT, REFERENCE, Commit, whole
 from xtcli.convert.options import Unexpressed, dump, settle
 from xtcli.convert.plan import Plan, make_plan
-from xtcli.convert.reading import CONFIG, read_config, read_json, skeleton
+from xtcli.convert.reading import CONFIG, no_family, read_config, read_json, skeleton
 from xtcli.convert.report import Report
 from xtcli.convert.same import difference, unlike
 from xtcli.convert.verify import Sides
@@ -97,7 +97,7 @@ def find_form(
     """The family and form that express a config tree, and the config.json that does; raises UserError if none can."""
     families = [by_name()[family]] if family in by_name() else list(FAMILIES)
     if family != "auto" and family not in by_name():
-        raise refuse(f"there is no family '{family}'", did_you_mean(family, [*by_name(), "auto"]))
+        raise no_family(family)
     origin = before.get("model_type")
     families = [f for f in families if origin in f.types] or families
     stated = (before.get("architectures") or [None])[0]

@@ -88,7 +88,7 @@ COMMON_NEUTRAL = frozenset(
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens output_past
+    begin_suppress_tokens output_past _num_labels xla_device transformers.js_config
     """.split()
 )
 """Keys that every config.json may have and that do not touch the network."""

@@ -82,11 +82,12 @@ class Source:
         return self.entries[self.ties.get(name, name)].read()
 
     def map(self) -> dict[str, Tensor]:
-        """All tensors as views of the files, read when touched."""
-        found: dict[str, Tensor] = {}
+        """All tensors, as views of the files where they are stored as they are."""
+        found = {name: entry.read() for name, entry in self.entries.items() if type(entry) is not Entry}
         for path in self.files:
             with safetensors.safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                stored = [name for name in file.keys() if name in self.entries and name not in found]  # noqa: SIM118
+                found |= {name: file.get_tensor(name) for name in stored}
         return found | {name: found[stored] for name, stored in self.ties.items()}
 
     @property

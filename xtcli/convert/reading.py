@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from xtcli.convert.families import FAMILIES, by_name
+from xtcli.convert.families import by_name
 from xtcli.convert.family import COMMON_FIXED, COMMON_NEUTRAL, Family, Form
 from xtcli.convert.options import Options, load
 from xtcli.convert.plan import Claims, Plan, claim, explain, make_plan
-from xtcli.errors import Problem, UserError, did_you_mean, refuse
+from xtcli.errors import Problem, UserError, did_you_mean, nearest, refuse
 from xtcli.model import construct
 from xtcli.parts.scope import Refused
 from xtcli.registry import Config, Slot
@@ -46,6 +46,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def no_family(name: str) -> UserError:
+    """What to say of a family that does not exist: the nearest, and all."""
+    known = sorted({*by_name(), "auto"})
+    near = nearest(name, known)
+    listed = f"known: {', '.join(known)}"
+    return refuse(f"there is no family '{name}'", f"did you mean '{near}'? {listed}" if near else listed)
+
+
 def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
     """The family of that name, or with `auto` the one that config.json's `model_type` means."""
     known = by_name()
@@ -59,7 +67,7 @@ def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
             )
         return known[str(stated)]
     if name not in known:
-        raise refuse(f"there is no family '{name}'", did_you_mean(name, [*known, "auto"]))
+        raise no_family(name)
     family = known[name]
     if stated is not None and stated not in family.types:
         raise refuse(f"is of model_type '{stated}', not of family '{name}'", "use the family 'auto'", place=place)
@@ -122,7 +130,7 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
     The first form that the file fits is taken; where it fits none, the mistakes of the nearest one are raised.
     """
     refused: UserError | None = None
-    nearest: tuple[Plan, Claims] | None = None
+    closest: tuple[Plan, Claims] | None = None
     for form in forms(family, values, f"{place}/{CONFIG}"):
         try:
             config = read_config(family, form, values, f"{place}/{CONFIG}")
@@ -133,12 +141,9 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
         claims = claim(plan, names)
         if not claims.faults:
             return plan, claims
-        if nearest is None or claims.faults < nearest[1].faults:
-            nearest = plan, claims
-    if nearest is not None:
-        raise UserError(*explain(*nearest, place))
+        if closest is None or claims.faults < closest[1].faults:
+            closest = plan, claims
+    if closest is not None:
+        raise UserError(*explain(*closest, place))
     assert refused is not None
     raise refused
-
-
-__all__ = ["FAMILIES", "find_family", "read", "read_config", "read_json"]

@@ -49,7 +49,8 @@ class Records:
         self.columns, self.source, self.how = tuple(columns), source, how
         self.sides = dict(sides)
         self.notes = tuple(f"in the text: {counted(number, name)}" for name, number in sorted(tally.items()) if number)
-        text = json.dumps([self.columns, self.sides], sort_keys=True, default=str)
+        values = {name: [values for _, values in rows] for name, rows in sides.items()}
+        text = json.dumps([self.columns, values], sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property

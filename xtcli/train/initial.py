@@ -67,6 +67,14 @@ def settle(resolved: Resolved) -> Resolved:
     return replace(resolved, preset=preset.model_copy(update={"train": train, "tokenizer": tokenizer}))
 
 
+def with_tokenizer(resolved: Resolved, resumed: Path | None) -> Resolved:
+    """The preset as it is read now: a tokenizer file is that of the checkpoint that a run goes on from, if any."""
+    if resumed is None or not isinstance(resolved.preset.tokenizer, File.Config):
+        return resolved
+    tokenizer = resolved.preset.tokenizer.model_copy(update={"path": str(resumed / FILE)})
+    return replace(resolved, preset=resolved.preset.model_copy(update={"tokenizer": tokenizer}))
+
+
 def compare(model: nn.Module, resolved: Resolved) -> Fit:
     """How the checkpoint of `train.init` fits `model`, which may be a skeleton; raises UserError where it does not."""
     folder = Path(resolved.preset.train.init or "")

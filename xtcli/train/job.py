@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,24 @@ class Job:
         return validation_batches(self.validation, batch=rows, limit=limit)
 
 
-def make_job(resolved: Resolved, talk: Callable[[str], None], *, started: bool = False) -> Job:
+def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path | None = None) -> Job:
     """Check, read and plan; raises UserError for whatever stands in the way. Takes no weights into memory.
 
-    What only the data or the checkpoint of `train.init` can tell is settled in the job's preset. With `started` the
-    weights are those of the run, and that checkpoint is not needed.
+    What only the data or the checkpoint of `train.init` can tell is settled in the job's preset. `resumed` is the
+    checkpoint that a run goes on from: it has the weights and the tokenizer, so those of `train.init` may be gone.
     """
     place = choose(resolved.preset.train)
     fit = None
-    if resolved.preset.train.init is not None and not started:
+    starts = resolved.preset.train.init is not None and resumed is None
+    if starts:
         resolved = initial.settle(resolved)
         initial.compare(skeleton(resolved), resolved)  # refused before any text is read
     kind: Any = part_of(resolved.preset.objective)
-    resolved, tokenizer, store = kind.prepare(resolved, skeleton(resolved))
+    named = resolved.preset.tokenizer
+    resolved, tokenizer, store = kind.prepare(initial.with_tokenizer(resolved, resumed), skeleton(resolved))
+    resolved = replace(resolved, preset=resolved.preset.model_copy(update={"tokenizer": named}))
     model = skeleton(resolved)
-    if resolved.preset.train.init is not None and not started:
+    if starts:
         fit = initial.compare(model, resolved)
         for line in fit.report():
             talk(line)

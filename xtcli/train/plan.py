@@ -101,7 +101,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
     for name, targets in batch.targets.items():
         head: Head = skeleton.heads[name]  # type: ignore[assignment]
         counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
+        with counter:
             made = head.outputs(hidden)
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)

@@ -80,11 +80,10 @@ def resume(
     """Go on with a run from its newest whole checkpoint, or from its beginning when it has none yet."""
     with Stopper() as stopper, Run.open(path) as run:
         resolved = _changed(path, overrides, talk)
-        started = bool(checkpoints(path))
-        job = make_job(resolved, talk, started=started)
+        folder = run.newest() if checkpoints(path) else None
+        job = make_job(resolved, talk, resumed=folder)
         weights, state, step = None, None, 0
-        if started:
-            folder = run.newest()
+        if folder is not None:
             loaded = load_checkpoint(folder, trainer=True)
             weights, state, step = loaded.weights, loaded.trainer, step_of(folder) or 0
         run.rewind(step)
