@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli import registry
-from xtcli.errors import refuse
-from xtcli.parts import masks
-from xtcli.parts.context import Ctx, ModelState
+from xtcli.parts.context import ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.heads import Head, Hidden, collect
 from xtcli.parts.init import Initialiser, NormalInit
@@ -27,6 +25,7 @@ from xtcli.parts.outputs import Output, Term
 from xtcli.parts.pooled import Pooler, PoolerConfig, refuse_without_pooler
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import Block, Stack, StackConfig
+from xtcli.parts.tower import Tower
 from xtcli.registry import Config, Kinds, Slot, field, part, part_of
 
 EmbedSlot = Annotated[Config, Slot("embed")]
@@ -128,96 +127,6 @@ class Graph(nn.Module):
     def hidden(self, **inputs: Any) -> Hidden:
         """What the heads read."""
         raise AssertionError("a graph must make hidden states")
-
-
-class Tower(nn.Module):
-    """An embedding and a stack, and the bookkeeping of places, padding and state between them."""
-
-    embed: nn.Module
-    stack: Stack
-
-    def __init__(self, embed: Config, stack: StackConfig, scope: Scope, shares: bool = False) -> None:
-        super().__init__()
-        self.embed = scope.make("embed", embed, shares)
-        self.stack = Stack(stack, scope.at("stack"))
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens that the positions can tell apart, or None."""
-        return getattr(self.embed, "limit", None)
-
-    def table(self) -> Tensor | None:
-        """The token table (V, D), where this tower owns one."""
-        tokens = self.embed.tokens
-        return None if tokens is None else tokens.weight  # type: ignore[union-attr, return-value]
-
-    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> ModelState:
-        """An empty state for `capacity` tokens."""
-        if self.limit is not None and capacity > self.limit:
-            raise refuse(f"{capacity} tokens do not fit into {self.limit} positions", "ask for fewer tokens")
-        return ModelState(
-            self.stack.new_state(batch, capacity, device, dtype),
-            torch.zeros(batch, capacity, dtype=torch.long, device=device),
-            torch.ones(batch, capacity, dtype=torch.bool, device=device),
-        )
-
-    def forward(
-        self,
-        ids: Tensor | None,
-        vectors: Tensor | None,
-        *,
-        mask: Tensor | None = None,
-        segments: Tensor | None = None,
-        places: Tensor | None = None,
-        documents: Tensor | None = None,
-        table: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        state: ModelState | None = None,
-        trace: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Ids (B, T) -> states (B, T, D), and which of the B x T tokens are real (None: all)."""
-        given = ids if ids is not None else vectors
-        if given is None:
-            raise ValueError("neither input_ids nor inputs_embeds were given")
-        batch, length = given.shape[:2]
-        offset = 0 if state is None else state.length
-        end = offset + length
-        if places is None:
-            if self.limit is not None and end > self.limit:
-                raise refuse(f"the text has {end} tokens, the model's positions end at {self.limit}", "shorten it")
-            places = torch.arange(offset, end, device=given.device)[None, :]
-        elif places.dim() == 1:
-            places = places[None, :]
-        keep = None if mask is None else mask.to(device=given.device, dtype=torch.bool)
-        if keep is not None and bool(keep.all()):
-            keep = None
-        if keep is not None and keep.shape != (batch, end):
-            raise ValueError(f"attention_mask has shape {tuple(keep.shape)}, expected {(batch, end)}")
-        keys, known = places, keep
-        if state is not None:
-            if end > state.capacity:
-                raise ValueError(f"the state holds {state.capacity} tokens, {end} are needed")
-            state.positions[:, offset:end] = places
-            if keep is not None:
-                state.keep[:, :end], state.padded = keep, True
-            keys = state.positions[:, :end]
-            known = state.keep[:, :end] if state.padded else None
-        ctx = Ctx(
-            positions=places,
-            keys=keys,
-            keep=known,
-            documents=documents,
-            offset=offset,
-            table=self.table() if table is None else table,
-            memory=memory,
-            memory_visible=masks.keys_only(None if memory_mask is None else memory_mask.bool()),
-            state=None if state is None else state.blocks,
-        )
-        x = self.stack(self.embed(ids, vectors, segments, ctx), ctx, trace)
-        if state is not None:
-            state.length = end
-        return x, keep
 
 
 class OneStack(Graph, Tower):

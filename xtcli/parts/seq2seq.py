@@ -13,12 +13,13 @@ from torch import Tensor
 
 from xtcli.parts.context import ModelState
 from xtcli.parts.embed import Tokens
-from xtcli.parts.graphs import EmbedSlot, Graph, Tower
+from xtcli.parts.graphs import EmbedSlot, Graph
 from xtcli.parts.heads import Hidden
 from xtcli.parts.linear import Table
 from xtcli.parts.outputs import IGNORE, Output
 from xtcli.parts.scope import Scope
 from xtcli.parts.stack import StackConfig
+from xtcli.parts.tower import Tower
 from xtcli.registry import Config, field, part
 
 
