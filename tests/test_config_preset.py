@@ -231,3 +231,20 @@ REFERENCES = [
 def test_a_reference_to_nothing_names_the_nearest(base: Path, ref: str, message: str) -> None:
     Path("hollow").mkdir()
     assert refused(ref) == [message]
+
+
+def test_a_tokenizer_file_lies_beside_its_preset_or_here_for_an_override(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "own.yaml").write_text(
+        "version: 1\nextends: gpt2-nano\nabout: {title: Own}\ntokenizer: {kind: file, path: tokenizer.json}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    stated = load_preset("presets/own.yaml").preset.tokenizer
+    named = load_preset("presets/own.yaml", ["tokenizer.path=tokenizer.json"]).preset.tokenizer
+    assert stated.path == str(folder / "tokenizer.json")  # type: ignore[attr-defined]
+    assert named.path == str(tmp_path / "tokenizer.json")  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,21 +19,6 @@ from xtcli.inspect.targets import Target, applicable, exactly, one_view, targets
 
 if TYPE_CHECKING:
     from xtcli.config.preset import Resolved
-
-MODEL = ("--size", "--tiny")
-TAKES = {
-    "": ("--batch", "--length", *MODEL),
-    "--tree": MODEL,
-    "--masks": ("--length", "--png", *MODEL),
-    "--tensors": (),
-    "--curves": ("--png",),
-    "--parts": (),
-    "--resolved": MODEL,
-    "--explain": MODEL,
-    "--copy": MODEL,
-    "--schema": (),
-}
-"""The options that each answer depends on."""
 
 MASK_LENGTH = 4096
 """Tokens of a mask's picture at most, unless the user says more."""
@@ -102,7 +87,7 @@ def command(
     }
     view = one_view([name for name, wanted in asked.items() if wanted]) or ("--masks" if png else "")
     given = {"--batch": batch, "--length": length, "--png": png, "--size": size, "--tiny": tiny or None}
-    applicable(view, [name for name, value in given.items() if value is not None], TAKES[view])
+    applicable(view, [name for name, value in given.items() if value is not None])
     if view == "--schema":
         from xtcli.config.schema import preset_schema_text
 
@@ -142,6 +127,7 @@ def _one(
     """The answers about one preset."""
     from xtcli.config.preset import load_preset
     from xtcli.config.show import explained, resolved_yaml
+    from xtcli.inspect import summary
 
     found = load_preset(target.ref, target.overrides, size=size, tiny=tiny)
     same = again(target.ref, list(target.overrides), size, tiny)
@@ -152,7 +138,8 @@ def _one(
     elif view == "--masks":
         _masks(found, target.ref, same, length, png, as_json)
     elif as_json:
-        print(json.dumps(_facts(found, target.ref, batch, length), indent=1))
+        print(json.dumps(summary.facts(found, target.ref, batch, length), indent=1))
+        next_command(f"xt inspect {same}")
     elif view == "--resolved":
         sys.stdout.write(resolved_yaml(found))
         next_command(f"xt inspect {same} --explain")
@@ -160,7 +147,7 @@ def _one(
         sys.stdout.write(explained(found))
         next_command(f"xt train {same} --dry-run")
     else:
-        _show(found, target.ref, batch, length)
+        print("\n".join(summary.lines(found, target.ref, batch, length)))
         recorded = found.file.name == library.RECORDED
         next_command(f"xt generate --ckpt {target.ref} --prompt TEXT" if recorded else f"xt train {same} --dry-run")
 
@@ -290,66 +277,6 @@ def _list(as_json: bool) -> None:
         sizes = f"  [{', '.join(entry.sizes)}]" if entry.sizes else ""
         print(f"{entry.name:{width}}  {entry.year or '':4}  {entry.new or entry.title}{sizes}")
     next_command("xt inspect " + (entries[0].name if entries else "PRESET"))
-
-
-def _parameters(found: Resolved) -> int:
-    from xtcli.model import build, count
-
-    return count(build(found, device="meta"))
-
-
-def _facts(found: Resolved, ref: str, batch: int, length: int | None) -> dict[str, Any]:
-    """What --json prints."""
-    from xtcli.config.show import values
-    from xtcli.inspect import modules, record
-    from xtcli.inspect.cost import measure_costs
-    from xtcli.model import skeleton
-
-    return {
-        "name": found.name,
-        "file": str(found.file),
-        "size": found.size,
-        "sizes": list(found.sizes),
-        "parameters": _parameters(found),
-        "components": modules.components(skeleton(found)),
-        "costs": measure_costs(found, batch=batch, length=length).facts(),
-        **record.facts(Path(ref)),
-        "preset": found.to_tree(),
-        "origins": {item.path: str(item.origin) for item in values(found)},
-    }
-
-
-def _show(found: Resolved, ref: str, batch: int, length: int | None) -> None:
-    from xtcli.config.show import outline
-    from xtcli.inspect import cost, modules, record
-    from xtcli.model import skeleton
-
-    # Whatever is refused is refused before the first line is printed.
-    sections = (
-        modules.share_lines(modules.components(skeleton(found))),
-        cost.lines(cost.measure_costs(found, batch=batch, length=length)),
-        record.lines(record.facts(Path(ref))),
-    )
-    count, published = _parameters(found), found.preset.expect.parameters
-    about = found.preset.about
-    print(f"{about.title} ({found.name}{f', size {found.size}' if found.size else ''})")
-    for text in (about.paper, about.url, about.new):
-        if text:
-            print(f"  {text}")
-    others = [size for size in found.sizes if size != found.size]
-    if others:
-        print(f"  other sizes: {', '.join(others)}")
-    print()
-    for name in ("model", "objective", "tokenizer", "data", "train"):
-        print("\n".join(outline(found, name)))
-    print()
-    note = (
-        "" if published is None else ", as published" if published == count else f", but {published:,} were published"
-    )
-    print(f"{count:,} parameters{note}")
-    for section in sections:
-        if section:
-            print("\n".join(["", *section]))
 
 
 def _copy(found: Resolved, target: Path, changed: bool) -> None:

@@ -130,7 +130,7 @@ def load_preset(
         preset, found = _validate(layers)
         if preset is None:
             raise UserError(*in_order(found))
-    preset = _expected(preset, layers, chosen, exact=not tiny)
+    preset = _located(_expected(preset, layers, chosen, exact=not tiny), layers, file)
     return Resolved(preset, file, _origins(preset, layers), chosen, tuple(sizes), tiny, tuple(overrides), layers)
 
 
@@ -190,6 +190,18 @@ def _shrink(layers: Layers, preset: Preset, overrides: Sequence[Override]) -> No
     if "vocab" not in type(preset.tokenizer).model_fields:
         after["model"]["vocab"] = tree(preset.model)["vocab"]  # a tokenizer of a given size does not shrink
     compare(tree(preset), after, ())
+
+
+def _located(preset: Preset, layers: Layers, file: File) -> Preset:
+    """A tokenizer's path made absolute: a file that states it means one beside itself, an override one from here."""
+    path = getattr(preset.tokenizer, "path", None)
+    if path is None:
+        return preset
+    origin = layers.origin(("tokenizer", "path"))
+    beside = file.parent / path
+    here = (origin is not None and origin.source == "override") or not beside.exists()
+    found = str((File(path) if here else beside).absolute())
+    return preset.model_copy(update={"tokenizer": preset.tokenizer.model_copy(update={"path": found})})
 
 
 def _expected(preset: Preset, layers: Layers, size: str | None, exact: bool) -> Preset:

@@ -14,6 +14,22 @@ from pathlib import Path
 from xtcli.errors import refuse
 
 
+MODEL = ("--size", "--tiny")
+TAKES = {
+    "": ("--batch", "--length", *MODEL),
+    "--tree": MODEL,
+    "--masks": ("--length", "--png", *MODEL),
+    "--tensors": (),
+    "--curves": ("--png",),
+    "--parts": (),
+    "--resolved": MODEL,
+    "--explain": MODEL,
+    "--copy": MODEL,
+    "--schema": (),
+}
+"""The options that each answer depends on; the answer without a name is the summary, or the comparison of two."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A preset, run or checkpoint, and the overrides on it."""
@@ -40,8 +56,9 @@ def targets(words: Sequence[str]) -> list[Target]:
     return found
 
 
-def applicable(view: str, given: Sequence[str], takes: Sequence[str]) -> None:
+def applicable(view: str, given: Sequence[str]) -> None:
     """Refuse options that the asked-for answer does not depend on; `view` is the option that asks for it."""
+    takes = TAKES[view]
     for option in given:
         if option not in takes:
             answer = view or "the summary of a preset"
