@@ -172,7 +172,10 @@ def test_what_a_prompt_lacks_is_said(runs: Any, capsys: pytest.CaptureFixture[st
         ("sequence", ("--prompt", "a", "--context", "b")): "the prompt: --context is for models that read a second "
         "text; leave it out",
         ("sequence", ("--prompt", "")): "the prompt: 'text' is empty; give some text",
-        ("sequence", ("--prompt", '{"text": 3}')): "the prompt: column 'text' holds int, not text; name a column of text",
+        (
+            "sequence",
+            ("--prompt", '{"text": 3}'),
+        ): "the prompt: column 'text' holds int, not text; name a column of text",
         ("choice", ("--prompt", "which ?")): "the prompt: has no 'choices'; add --context TEXT, or write it as "
         '{"text": "...", "choices": "..."}',
     }
@@ -205,7 +208,13 @@ def test_resumed_run_equals_one_never_stopped(
     shutil.copytree(runs["pair"][0], base)
     data = write(tmp_path, rows("sequence"))
     options = [f"data.source={data}", f"train.init={base}", "model.dropout=0.1", *lora]
-    options += ["train.steps=9", "train.save_every=3", "train.log_every=1", "train.validate_every=4", "train.micro_batch=5"]
+    options += [
+        "train.steps=9",
+        "train.save_every=3",
+        "train.log_every=1",
+        "train.validate_every=4",
+        "train.micro_batch=5",
+    ]
     resolved = load_preset(tmp_path / "small.yaml", options)
     ends: dict[str, list[tuple[Any, ...]]] = {}
     for name, stop in (("whole", None), ("cut", 5)):  # the second one goes on without what it started from

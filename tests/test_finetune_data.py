@@ -96,7 +96,14 @@ def test_long_rows_are_cut() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "room", "left"),
-    [([3, 4], 9, [3, 4]), ([10, 3], 8, [5, 3]), ([3, 10], 8, [3, 5]), ([9, 9], 7, [4, 3]), ([12], 5, [5]), ([4, 4], 7, [4, 3])],
+    [
+        ([3, 4], 9, [3, 4]),
+        ([10, 3], 8, [5, 3]),
+        ([3, 10], 8, [3, 5]),
+        ([9, 9], 7, [4, 3]),
+        ([12], 5, [5]),
+        ([4, 4], 7, [4, 3]),
+    ],
 )
 def test_the_longer_text_gives_way(sizes: list[int], room: int, left: list[int]) -> None:
     assert lengths(sizes, room) == left
@@ -129,7 +136,9 @@ def test_a_word_without_a_label_or_beyond_the_context_is_not_supervised() -> Non
 
 
 def test_choices() -> None:
-    made = all_of(classify(side(["the cat", ["ran", "sat on the mat"], 1], ["a dog", ["ran", "sat"], "ran"]), of="choice"))
+    made = all_of(
+        classify(side(["the cat", ["ran", "sat on the mat"], 1], ["a dog", ["ran", "sat"], "ran"]), of="choice")
+    )
     ids = made.inputs["input_ids"]
     assert ids.shape[:2] == (2, 2)
     assert made.inputs["attention_mask"].shape == ids.shape
@@ -209,7 +218,9 @@ def test_forms_of_answers(form: str) -> None:
 
 def test_start_column_and_questions_without_an_answer() -> None:
     text = "the cat sat . the dog sat ."
-    made = extract(side([QUESTION, text, "sat", 22], [QUESTION, text, "sat", "8"], [QUESTION, text, None, None]), start="at")
+    made = extract(
+        side([QUESTION, text, "sat", 22], [QUESTION, text, "sat", "8"], [QUESTION, text, None, None]), start="at"
+    )
     assert [question.span for question in made.questions] == [(22, 25), (8, 11), None]
     assert made.sample(2, 0)["targets.span"].tolist() == [0, 0]
     assert "1 question without an answer" in made.describe()
@@ -217,7 +228,9 @@ def test_start_column_and_questions_without_an_answer() -> None:
 
 def test_an_answer_that_is_not_where_it_should_be_leaves_the_row_out() -> None:
     text = "the cat sat on the mat ."
-    made = extract(side([QUESTION, text, "sat"], [QUESTION, text, "slept"], [QUESTION, text, {"text": "sat", "answer_start": 7}]))
+    made = extract(
+        side([QUESTION, text, "sat"], [QUESTION, text, "slept"], [QUESTION, text, {"text": "sat", "answer_start": 7}])
+    )
     assert len(made.questions) == 1
     assert "2 rows without a text, or whose answer is not in it, left out" in made.describe()
     with pytest.raises(UserError) as caught:

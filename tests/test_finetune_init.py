@@ -186,7 +186,9 @@ def test_a_checkpoint_is_a_preset_too(folder: Path) -> None:
     text = (SMALL + ENCODER).replace("{kind: wordpiece, vocab: 300}", "{kind: file, path: tokenizer.json}")
     resolved = load_preset(folder / "small.yaml", ["tokenizer={kind: file, path: tokenizer.json}"])
     made = save_model(build(resolved, seed=3), folder / "own", text, TOKENIZER)
-    lines = train(made, f"data.source={folder / 'rows.jsonl'}", f"train.init={made}", "train.steps=1", out=folder / "run")
+    lines = train(
+        made, f"data.source={folder / 'rows.jsonl'}", f"train.init={made}", "train.steps=1", out=folder / "run"
+    )
     assert lines[-1]["val_accuracy"] <= 1
     assert find_checkpoint(folder / "run").name == "step-1"
 
@@ -244,9 +246,32 @@ def test_wrong_adapters_are_refused_before_anything_is_made(folder: Path) -> Non
     )
     with pytest.raises(UserError, match="rank"):
         load_preset(folder / "small.yaml", ["train.lora={rank: 0}"])
-    with pytest.raises(UserError, match="did you mean 'train.lora.alpha'"):
+    with pytest.raises(UserError, match=r"did you mean 'train\.lora\.alpha'"):
         load_preset(folder / "small.yaml", ["train.lora={alhpa: 0}"])
     assert not (folder / "run").exists()
     talk: list[str] = []
     train(folder / "small.yaml", text, "train.lora.rank=2", "train.steps=1", out=folder / "run", talk=talk)
     assert "without train.init the weights under the adapters are random and stay so" in talk
+
+
+def test_export_of_a_run_with_adapters(folder: Path) -> None:
+    """To transformers go the merged weights, and the names of the labels."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=48,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder / "theirs")
+    TOKENIZER.save(folder / "theirs")
+    xtcli.convert(folder / "theirs", folder / "ours", family="auto")
+    options = [f"data.source={folder / 'rows.jsonl'}", f"train.init={folder / 'ours'}", "model.heads={sequence: {}}"]
+    options += ["objective=classify", "train.lora={rank: 3, on: ['**.attn.*', '**.ffn.up']}", "train.lr=1e-2"]
+    options += ["train.steps=6", "train.warmup=0", "train.sample_every=0", "train.device=cpu"]
+    train(folder / "ours", *options, out=folder / "run")
+    xtcli.convert(folder / "run", folder / "back", to="hf")
+    made = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "back").eval()
+    ids = torch.arange(5, 29).reshape(2, 12)
+    with torch.no_grad():
+        apart = xtcli.load(folder / "run", merge=False).eval()(input_ids=ids).logits
+        torch.testing.assert_close(made(input_ids=ids).logits, apart, atol=1e-5, rtol=1e-5)
+    assert made.config.id2label == {0: "negative", 1: "positive"}

@@ -1,6 +1,6 @@
 """The command `xt`: a table of commands, imported when they are called, and the boundary where errors become words.
 
-A command is one line of COMMANDS and one module with a function `command`, annotated for Typer. Only the
+A command is one line of COMMANDS and one module with `command`, a function annotated for Typer or a Typer app. Only the
 command that runs, or whose own --help is asked for, is imported; so `xt --help` and completion cost no torch.
 """
 
@@ -33,6 +33,7 @@ COMMANDS = {
     "build": Entry("xtcli.commands.build", "Write a preset's model with fresh weights."),
     "convert": Entry("xtcli.commands.convert", "Bring a transformers checkpoint in, or give one back."),
     "inspect": Entry("xtcli.commands.inspect", "List presets; show what one is and where each value comes from."),
+    "bench": Entry("xtcli.commands.bench", "Measure attention, training and generation; race architectures."),
 }
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -47,8 +48,11 @@ class LazyCommand(TyperCommand):
 
     def load(self) -> Any:
         """The real command."""
+        command = importlib.import_module(self.module).command
+        if isinstance(command, typer.Typer):
+            return typer.main.get_command(command)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
-        app.command(self.name)(importlib.import_module(self.module).command)
+        app.command(self.name)(command)
         return typer.main.get_command(app)
 
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
@@ -103,6 +107,9 @@ def report(error: UserError) -> None:
 
 def main() -> NoReturn:
     """Run `xt` and leave with its exit code: 2 for the user's mistakes, 130 for Ctrl-C, 1 with a traceback for ours."""
+    # Threads that spin while they wait for each other take the core from the one they wait for, as soon as
+    # another program runs. OpenMP reads this when torch is loaded, and the user's own choice stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

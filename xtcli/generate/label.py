@@ -126,7 +126,8 @@ def say(
     )
     if made.left_out:
         raise refuse("some prompt has no two texts to choose from", f"list them in {asked[-1]!r}")
-    said = Said(notes=[f"texts are cut at {length:,} tokens, as in training"] if made.cut_short else [])
+    cut = "a question is cut at half a row" if isinstance(made, Extract) else f"texts are cut at {length:,} tokens"
+    said = Said(notes=[f"{cut}, as in training"] if made.cut_short else [])
     with undisturbed(model):
         said.results = list(_answers(model, made) if isinstance(made, Extract) else _labels(model, made))
     return said

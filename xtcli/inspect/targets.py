@@ -13,7 +13,6 @@ from pathlib import Path
 
 from xtcli.errors import refuse
 
-
 MODEL = ("--size", "--tiny")
 TAKES = {
     "": ("--batch", "--length", *MODEL),

@@ -25,7 +25,7 @@ from xtcli.data.order import Ints
 from xtcli.data.readers import Row
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.objectives.base import Sample
-from xtcli.objectives.labelled import Labelled, nothing_left, settled_head
+from xtcli.objectives.labelled import Labelled, in_pieces, nothing_left, settled_head
 from xtcli.objectives.labels import Item, Task, fields_of, item_of, names_in
 from xtcli.objectives.words import clauses, count, truncated
 from xtcli.registry import field, part
@@ -116,7 +116,7 @@ class Classify(Labelled):
 
     def _texts(self, tokenizer: Any) -> list[list[tuple[Ints, ...]]]:
         """The ids of each row: one text, two, or a pair for each choice."""
-        flat = iter(tokenizer.encode_batch([text for item in self.items for text in item.texts]))
+        flat = iter(in_pieces(tokenizer.encode_batch, [text for item in self.items for text in item.texts]))
         ids = [tuple(next(flat) for _ in item.texts) for item in self.items]
         if self.of == "choice":
             return [[(first, other) for other in others] for first, *others in ids]
@@ -125,7 +125,7 @@ class Classify(Labelled):
     def _words(self, tokenizer: Any) -> list[list[tuple[Ints, ...]]]:
         """The ids of each row; `firsts` has the number of the word that an id begins, -1 for all other ids."""
         rows: list[list[tuple[Ints, ...]]] = []
-        encoded = tokenizer.encode_spans([item.texts[0] for item in self.items])
+        encoded = in_pieces(tokenizer.encode_spans, [item.texts[0] for item in self.items])
         for item, (ids, spans) in zip(self.items, encoded, strict=True):
             ends = np.cumsum([len(word) + 1 for word in item.words])
             # A token belongs to the word that holds its last character: a space in front may be part of it.

@@ -21,7 +21,7 @@ from xtcli.data.batch import Batch
 from xtcli.data.order import Ints
 from xtcli.data.readers import Row, wrong_type
 from xtcli.objectives.base import Sample
-from xtcli.objectives.labelled import Labelled, nothing_left
+from xtcli.objectives.labelled import Labelled, in_pieces, nothing_left
 from xtcli.objectives.labels import text_of
 from xtcli.objectives.words import clauses, count
 from xtcli.registry import field, part
@@ -87,8 +87,8 @@ class Extract(Labelled):
         if not known:
             raise nothing_left(split.rows, columns, "has a question, a context and an answer in it", validation)
         texts = list(dict.fromkeys(question.context for question, _ in known))
-        contexts = dict(zip(texts, tokenizer.encode_spans(texts), strict=True))
-        asked = tokenizer.encode_batch([question.question for question, _ in known])
+        contexts = dict(zip(texts, in_pieces(tokenizer.encode_spans, texts), strict=True))
+        asked = in_pieces(tokenizer.encode_batch, [question.question for question, _ in known])
         room = self.frame.room(2)
         self.shortened = 0
         self.questions: list[Question] = []
@@ -207,7 +207,7 @@ class Extract(Labelled):
         tokens = sum(len(context[0]) for context in self.contexts)
         return clauses(
             f"answers in a text: {count(questions, 'question')} on {count(tokens, 'token')} of context",
-            f"{count(windows, 'window')}, each [CLS] question [SEP] context [SEP], padded to the longest of a batch",
+            f"{count(windows, 'window')}, each a question and a piece of its context, padded to the longest of a batch",
             f"{count(none, 'question')} without an answer" if none else "",
             f"{count(self.shortened, 'question')} cut at half a row" if self.shortened else "",
             f"{count(self.left_out, 'row')} without a text, or whose answer is not in it, left out"

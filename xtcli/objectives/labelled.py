@@ -7,7 +7,7 @@ labels, is found in the data and written into the preset, so that it travels wit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,10 @@ from xtcli.objectives.words import count
 if TYPE_CHECKING:
     from xtcli.config.preset import Preset, Resolved
     from xtcli.data.records import Records
+
+
+PIECE = 4096
+"""Texts that are turned into tokens at once."""
 
 
 class Labelled(Objective):
@@ -120,6 +124,14 @@ class Labelled(Objective):
         if self.decoder:
             sample["decoder_input_ids"] = np.concatenate([[self.start], ids[:-1]])
         return sample
+
+
+def in_pieces(encode: Callable[[list[str]], list[Any]], texts: list[str]) -> list[Any]:
+    """What a tokenizer makes of many texts, some at a time: what the library makes on the way takes much memory."""
+    from xtcli.data.tokenizers import threads
+
+    with threads():
+        return [one for at in range(0, len(texts), PIECE) for one in encode(texts[at : at + PIECE])]
 
 
 def nothing_left(rows: Sequence[Row], columns: Sequence[str], why: str, validation: bool) -> UserError:

@@ -102,9 +102,10 @@ def _tagged(config: Any, number: int, row: Row, columns: Sequence[str], labelled
 def text_of(row: Row, at: int, columns: Sequence[str]) -> str | None:
     """The text in column number `at`, None where there is none; raises UserError for what is no text."""
     place, values = row
-    if values[at] is not None and not isinstance(values[at], str):
-        raise wrong_type(place, columns[at], values[at])
-    return values[at] or None
+    value = values[at]
+    if value is not None and not isinstance(value, str):
+        raise wrong_type(place, columns[at], value)
+    return value if value and not value.isspace() else None
 
 
 def name_of(value: Any, place: str, column: str) -> str | None:

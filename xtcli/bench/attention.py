@@ -1,0 +1,277 @@
+"""`xt bench attention`: every kind of attention on every kernel, forward and backward, at one or several lengths.
+
+The time that the whole may take is shared out: each case gets an equal part of what is left. A case that a short
+probe predicts to need more than its part is left out with that reason, so that the end is known beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtcli.bench import cases, kernels, results
+from xtcli.bench.cases import Case, Shape
+from xtcli.bench.kernels import Cannot, Kernel
+from xtcli.bench.timing import Times, clocked, matmul_rate, measure, peak_bytes, release
+from xtcli.errors import refuse
+from xtcli.train.device import DTYPES, Place
+
+Talk = Callable[[str], None]
+PROBE = 512
+"""Tokens of the probe that predicts the time of longer texts."""
+
+WRONG = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
+"""Largest difference between two kernels' outputs that rounding explains."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is asked for. `masks` names cases; none is all. Times in seconds."""
+
+    seq: tuple[int, ...]
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    masks: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = kernels.NAMES
+    forward_only: bool = False
+    limit: float = 90.0
+    seed: int = 0
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> Config:
+        """The configuration of a result file."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+
+    def shape(self, seq: int) -> Shape:
+        """Sizes at one length."""
+        return Shape(self.batch, self.heads, self.kv_heads, seq, self.head_dim)
+
+
+def settle(
+    seq: Sequence[int],
+    place: Place,
+    *,
+    batch: int | None,
+    heads: int | None,
+    kv_heads: int | None,
+    head_dim: int,
+    **more: Any,
+) -> Config:
+    """The configuration with its defaults: 4 texts of 16 heads on a GPU, and on the CPU one text of one head where
+    it is long, of two where it is short. Raises UserError."""
+    long = max(seq) > 2048
+    gpu = place.device.type == "cuda"
+    heads = heads or (kv_heads if kv_heads else 16 if gpu else 1 if long else 2)
+    groups = kv_heads or heads
+    if heads % groups:
+        raise refuse(f"{groups} key/value heads do not divide {heads} heads", "change --heads or --kv-heads")
+    return Config(
+        seq=tuple(sorted(set(seq))),
+        batch=batch or (4 if gpu else 1),
+        heads=heads,
+        kv_heads=groups,
+        head_dim=head_dim,
+        dtype=place.precision,
+        device=place.device.type,
+        **more,
+    )
+
+
+def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
+    """Measure; the result as results.py keeps it."""
+    began = time.perf_counter()
+    dtype = DTYPES[config.dtype]
+    wanted = cases.chosen_cases(config.masks)
+    talk(
+        f"{config.batch} x {config.heads} heads ({config.kv_heads} key/value) x {config.head_dim}, {config.dtype}, "
+        f"on {place.name}; ends within about {config.limit:.0f} s"
+    )
+    product = matmul_rate(place.device, dtype, budget=min(3.0, config.limit / 20))
+    release(place.device)
+    rows: list[dict[str, Any]] = []
+    order = [(seq, case, name) for seq in config.seq for case in wanted for name in config.kernels]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference: Tensor | None = None
+        for at, (seq, case, name) in enumerate(order):
+            if name == config.kernels[0]:
+                reference = None
+            left = config.limit - (time.perf_counter() - began)
+            row = _row(case, name, config.shape(seq))
+            try:
+                share = max(left / (len(order) - at), 0.0)
+                found, out = _measure(case, name, config, seq, place, share, left)
+                row |= _rated(found, row, product["flop_per_s"])
+                reference = _check(row, out, reference, config.dtype)
+                del out
+            except Cannot as cannot:
+                row["skipped"] = str(cannot)
+            except torch.OutOfMemoryError:
+                row["skipped"] = "out of memory"
+            rows.append(row)
+            release(place.device)
+            talk(_said(row))
+    return results.result(
+        "attention",
+        asdict(config),
+        {"device": place.name, "dtype": config.dtype, "tokens_per_step": None},
+        {
+            "convention": "FLOPs of visible pairs only: 4 D forward, 10 D backward, for each pair and head",
+            "matmul": product,
+            "cases": {case.name: case.facts() for case in wanted},
+            "growth": growth(rows),
+            "seconds": time.perf_counter() - began,
+            "rows": rows,
+        },
+    )
+
+
+def _row(case: Case, name: str, shape: Shape) -> dict[str, Any]:
+    forward, backward = cases.flops(case, shape)
+    return {
+        "name": f"{case.name} {name} {shape.seq}",
+        "case": case.name,
+        "subject": case.subject,
+        "kernel": name,
+        "seq": shape.seq,
+        "pairs": cases.pairs(case.rule, shape.seq),
+        "flop": {"forward": forward, "backward": backward},
+    }
+
+
+def _measure(
+    case: Case, name: str, config: Config, seq: int, place: Place, share: float, left: float
+) -> tuple[dict[str, Any], Tensor]:
+    """The times and peak memory of one case on one kernel, and its output; raises Cannot."""
+    device, dtype, shape = place.device, DTYPES[config.dtype], config.shape(seq)
+    if left <= 0:
+        raise Cannot("no time left; raise --limit, or name fewer with --mask")
+    release(device)
+    free = int(place.free() * 0.85)
+    ready = kernels.make(name, case, shape, device, dtype, free)
+    if device.type == "cpu" and seq > PROBE:
+        _affordable(case, name, replace(shape, seq=PROBE), seq, place, dtype, max(share, 0.5))
+    parts = 1 if config.forward_only else 2
+    q, k, v, dy = cases.inputs(shape, device, dtype, config.seed)
+    budget = min(share / (parts + 1), 2.0)
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as heard, ready.context():
+        warnings.simplefilter("always")
+        try:
+            with torch.no_grad():
+                out = ready.attend(q, k, v)
+                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget)
+            if not config.forward_only:
+                found["backward"] = _backward(ready, (q, k, v), dy, device, budget)
+            found["peak_bytes"] = _peak(ready, (q, k, v, dy), device, config.forward_only)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise Cannot(kernels.reason(name, error, list(heard))) from None
+    return found, out
+
+
+def _backward(ready: Kernel, given: tuple[Tensor, ...], dy: Tensor, device: torch.device, budget: float) -> Times:
+    out = ready.attend(*given)
+    return measure(lambda: torch.autograd.grad(out, given, dy, retain_graph=True), device, budget=budget)
+
+
+def _peak(ready: Kernel, given: tuple[Tensor, ...], device: torch.device, forward_only: bool) -> int | None:
+    q, k, v, dy = given
+
+    def once() -> None:
+        out = ready.attend(q, k, v)
+        if not forward_only:
+            torch.autograd.grad(out, (q, k, v), dy)
+
+    with torch.set_grad_enabled(not forward_only):
+        found = peak_bytes(once, device, given)
+    return None if found is None else found + (ready.masks if device.type == "cpu" else 0)
+
+
+def _affordable(
+    case: Case, name: str, shape: Shape, seq: int, place: Place, dtype: torch.dtype, share: float
+) -> None:
+    """Raise Cannot where a short probe says that one forward pass takes longer than its share of the time."""
+    ready = kernels.make(name, case, shape, place.device, dtype, place.free())
+    q, k, v, _ = cases.inputs(shape, place.device, dtype, 0)
+    with torch.no_grad(), ready.context():
+        try:
+            seconds = min(clocked(lambda: ready.attend(q, k, v), place.device) for _ in range(3))
+        except RuntimeError as error:
+            raise Cannot(kernels.reason(name, error, [])) from None
+    predicted = seconds * (seq / shape.seq) ** 2
+    if predicted > 2 * share:
+        raise Cannot(f"one forward pass would take about {predicted:.2g} s, {share:.2g} s are its share")
+
+
+def _rated(found: Mapping[str, Any], row: Mapping[str, Any], product: float) -> dict[str, Any]:
+    """Times as plain data with their rates."""
+    rated: dict[str, Any] = {"peak_bytes": found["peak_bytes"]}
+    for part in ("forward", "backward"):
+        if part in found:
+            times: Times = found[part]
+            rate = row["flop"][part] / times.median
+            rated[part] = times.facts() | {"tflop_per_s": rate / 1e12, "share_of_matmul": rate / product}
+    return rated
+
+
+def _check(row: dict[str, Any], out: Tensor, reference: Tensor | None, dtype: str) -> Tensor:
+    """Note how far the output is from that of the first kernel that ran this case; returns what others compare with."""
+    if reference is None:
+        return out.detach()
+    row["difference"] = float((out.float() - reference.float()).abs().max())
+    # A nan is no agreement either.
+    row["wrong"] = not row["difference"] <= WRONG[dtype]
+    return reference
+
+
+def growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each case and kernel the exponents of time and memory in the length, where several lengths ran."""
+    found: dict[str, dict[str, float]] = {}
+    ran = [row for row in rows if "forward" in row]
+    for key in dict.fromkeys((row["case"], row["kernel"]) for row in ran):
+        same = [row for row in ran if (row["case"], row["kernel"]) == key]
+        if len({row["seq"] for row in same}) < 2:
+            continue
+        slopes = {"time": slope([(row["seq"], total_ms(row)) for row in same])}
+        if all(row["peak_bytes"] for row in same):
+            slopes["memory"] = slope([(row["seq"], row["peak_bytes"]) for row in same])
+        found[" ".join(key)] = slopes
+    return found
+
+
+def total_ms(row: Mapping[str, Any]) -> float:
+    """Forward and backward together, median."""
+    return sum(float(row[part]["median_ms"]) for part in ("forward", "backward") if part in row)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The exponent p of the least-squares fit y = c x^p."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)
+
+
+def ran(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows that were measured."""
+    return (row for row in rows if "forward" in row)
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if "skipped" in row:
+        return f"{row['name']}: {row['skipped']}"
+    return f"{row['name']}: " + ", ".join(
+        f"{part} {row[part]['median_ms']:.3g} ms" for part in ("forward", "backward") if part in row
+    )

@@ -1,0 +1,186 @@
+"""The attentions that are measured: each mask, score and position bias of the registry, one at a time.
+
+A case is a mask rule, a score kind and maybe an additive bias; those that are not the subject are causal, softmax and
+none. Kinds enter from the registry with the values of USUAL, or else those of their own examples, so that a kind added
+to the registry is measured without a word here.
+
+Axes: B batch, H query heads, G key/value heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor
+
+from xtcli.errors import did_you_mean, refuse
+from xtcli.parts import masks
+from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.norms import LayerNorm
+from xtcli.parts.scope import Scope
+from xtcli.parts.scores import Softmax
+from xtcli.registry import Config, example, find, kinds, part_of, tree
+
+USUAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("mask", "window"): {"left": 511},
+    ("mask", "all"): {"of": ["causal", {"kind": "window", "left": 2047, "dilation": 4}]},
+    ("mask", "any"): {"of": [{"kind": "window", "left": 127}, {"kind": "window", "left": 2**20, "dilation": 128}]},
+    ("score", "softcap"): {"cap": 50.0},
+}
+"""Values at the size of real models, by slot and kind. `any` is the strided pattern of arXiv:1904.10509."""
+
+ROWS = 512
+"""Queries whose masks are counted at once."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention."""
+
+    batch: int
+    heads: int
+    groups: int
+    seq: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention; `subject` is the slot that varies."""
+
+    name: str
+    subject: str
+    rule: Config
+    score: Config
+    position: Config | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The case as plain data."""
+        position = None if self.position is None else tree(self.position)
+        return {"mask": tree(self.rule), "score": tree(self.score), "position": position}
+
+
+def all_cases() -> list[Case]:
+    """One case for each kind that a standalone attention can have."""
+    found = [
+        Case(kind, "mask", _make("mask", kind), Softmax.Config())
+        for kind in sorted(kinds("mask"), key=lambda kind: (kind not in ("causal", "full"), kind))
+        if kind != masks.INHERIT.kind
+    ]
+    found += [
+        Case(kind, "score", masks.CAUSAL, _make("score", kind))
+        for kind in kinds("score")
+        if kind != Softmax.Config.kind
+    ]
+    for kind, cls in kinds("position").items():
+        if getattr(cls, "reach", "") == "bias":
+            found.append(Case(kind, "position", masks.CAUSAL, Softmax.Config(), _make("position", kind)))
+    return found
+
+
+def chosen_cases(texts: Sequence[str]) -> list[Case]:
+    """Cases by name, or masks written as YAML: `window`, `{kind: window, left: 1023}`. Raises UserError."""
+    known = {case.name: case for case in all_cases()}
+    found = []
+    for text in texts:
+        if text in known:
+            found.append(known[text])
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+            raise refuse(f"there is no attention '{text}'", did_you_mean(text, known), place="--mask")
+        fields = {key: entry for key, entry in value.items() if key != "kind"}
+        cls = find("mask", value["kind"])
+        try:
+            rule: Config = cls.Config.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise refuse(first["msg"], f"see xt inspect --parts mask.{value['kind']}", place="--mask", path=where) from None
+        name = " ".join([value["kind"], *(f"{key}={entry}" for key, entry in fields.items())])
+        found.append(Case(name, "mask", rule, Softmax.Config()))
+    return found or list(known.values())
+
+
+def _make(slot: str, kind: str) -> Config:
+    cls = find(slot, kind)
+    config: Config = cls.Config.model_validate(example(cls.Config) | USUAL.get((slot, kind), {}))
+    return config
+
+
+@lru_cache
+def pairs(rule: Config, seq: int) -> int:
+    """How many (query, key) pairs of a text of `seq` tokens the rule lets through."""
+    keys = torch.arange(seq)[None, :]
+    total = 0
+    for start in range(0, seq, ROWS):
+        queries = torch.arange(start, min(start + ROWS, seq))[:, None]
+        total += int(masks.allowed(rule, queries, keys).sum())
+    return total
+
+
+def flops(case: Case, shape: Shape) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward pass over the visible pairs alone.
+
+    Two products of 2 D FLOPs for each pair forward, five backward (the scores are made again), for every head.
+    """
+    product = 2 * shape.width * pairs(case.rule, shape.seq) * shape.batch * shape.heads
+    return 2 * product, 5 * product
+
+
+def inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (B, H, T, D), k and v (B, G, T, D), and the gradient of the output (B, H, T, D): normal numbers."""
+    torch.manual_seed(seed)
+    size = {"q": shape.heads, "k": shape.groups, "v": shape.groups, "dy": shape.heads}
+    q, k, v, dy = (
+        torch.randn(shape.batch, heads, shape.seq, shape.width, device=device, dtype=dtype) for heads in size.values()
+    )
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy
+
+
+def _bias(case: Case, shape: Shape, ctx: Ctx, queries: int) -> Tensor:
+    """The scores that the position adds, (1, H, queries, S); a learned table is filled with normal numbers."""
+    scope = Scope(shape.width * shape.heads, 1, None, True, LayerNorm.Config(), 0.0)
+    module = part_of(case.position)(case.position, scope, shape.heads).to(ctx.keys.device)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        scores: Tensor = module.scores(ctx, queries)
+    return scores
+
+
+def visible(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Visible:
+    """What the kernels of ours are handed; a bias is a constant here, without a gradient."""
+    places = torch.arange(shape.seq, device=device)[None, :]
+    ctx = Ctx(positions=places, keys=places)
+    bias = None if case.position is None else _bias(case, shape, ctx, shape.seq).to(dtype)
+    return masks.render(case.rule, ctx, shape.seq, bias, False)
+
+
+def bias_by_distance(case: Case, shape: Shape, device: torch.device) -> Tensor | None:
+    """The bias of the last query, (H, T): under a causal mask entry T - 1 + k - q is that of the pair (q, k)."""
+    if case.position is None:
+        return None
+    last = shape.seq - 1
+    ctx = Ctx(
+        positions=torch.tensor([[last]], device=device),
+        keys=torch.arange(shape.seq, device=device)[None, :],
+        offset=last,
+    )
+    return _bias(case, shape, ctx, 1)[0, :, 0].float().contiguous()
+
+
+def scale(shape: Shape) -> float:
+    """1 / sqrt(D)."""
+    return 1 / math.sqrt(shape.width)

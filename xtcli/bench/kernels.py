@@ -1,0 +1,158 @@
+"""The ways to compute an attention that this machine has.
+
+    cudnn, flash, efficient, math   PyTorch's scaled-dot-product attention, pinned to one of its kernels
+    flex                            FlexAttention, compiled; masks as blocks, biases and caps in the kernel
+    fused                           ours: PyTorch's function, the kernel of its choice
+    plain                           ours: written out in tensors
+
+A kernel that cannot do a case raises `Cannot` with the reason in a few words.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xtcli.bench.cases import Case, Shape, bias_by_distance, scale, visible
+from xtcli.parts.scores import Softcap, Softmax, WideSoftmax, fused, plain
+from xtcli.registry import part_of
+from xtcli.runs.run import gib
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+PINNED: Mapping[str, tuple[SDPBackend, str]] = {
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, "cudnn"),
+    "flash": (SDPBackend.FLASH_ATTENTION, "flash"),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, "efficient"),
+    "math": (SDPBackend.MATH, "math"),
+}
+"""Name -> the kernel, and the word by which PyTorch's warnings speak of it."""
+
+GPU_ONLY = ("cudnn", "efficient", "flex")
+NAMES = ("fused", *PINNED, "flex", "plain")
+WRITTEN_OUT = ("math", "plain")
+"""Kernels that store the scores of all pairs."""
+
+BEND: Mapping[type, Callable[[Any, Tensor], Tensor] | None] = {
+    Softmax: None,
+    WideSoftmax: None,
+    Softcap: lambda config, score: config.cap * torch.tanh(score / config.cap),
+}
+"""Score kinds as FlexAttention writes them; it adds up in float32 whatever the type."""
+
+
+class Cannot(Exception):
+    """A kernel cannot do this; the text says why in a few words."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A ready attention, the context to call it in, and bytes of masks and biases that it reads."""
+
+    attend: Attend
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    masks: int = 0
+
+
+def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, free: int) -> Kernel:
+    """The kernel `name` for a case of this size; raises Cannot."""
+    if name in GPU_ONLY and device.type != "cuda":
+        raise Cannot("needs an NVIDIA GPU")
+    room = _needed(name, case, shape, dtype)
+    if room > free:
+        raise Cannot(f"needs about {gib(room)} of memory, {gib(free)} are free")
+    if name == "flex":
+        return _flex(case, shape, device)
+    kind, factor = part_of(case.score), scale(shape)
+    if name != "plain" and not kind.fused:
+        raise Cannot("PyTorch's kernels have only the plain softmax")
+    seen = visible(case, shape, device, dtype)
+    if name == "flash" and device.type == "cuda" and seen.mask is not None:
+        raise Cannot("takes no mask but the causal one")
+    stored = 0 if seen.mask is None else seen.mask.untyped_storage().nbytes()
+    if name == "plain":
+        return Kernel(lambda q, k, v: plain(q, k, v, seen, factor, 0.0, kind, case.score), masks=stored)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused(q, k, v, seen, factor, 0.0)
+
+    if name == "fused":
+        return Kernel(attend, masks=stored)
+    return Kernel(attend, lambda: sdpa_kernel([PINNED[name][0]]), stored)
+
+
+def _needed(name: str, case: Case, shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes beyond the inputs, roughly: all scores in three narrow and three wide copies, and a stored mask."""
+    square = shape.seq**2
+    stored = 0
+    if name != "flex":
+        stored = square * (1 if case.position is None else shape.heads * (4 + 2 * dtype.itemsize))
+        stored = 0 if case.position is None and case.rule.kind in ("causal", "full") else stored
+    if name in WRITTEN_OUT:
+        stored += shape.batch * shape.heads * square * (3 * dtype.itemsize + 12)
+    return stored
+
+
+def _flex(case: Case, shape: Shape, device: torch.device) -> Kernel:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    kind = part_of(case.score)
+    if kind not in BEND:
+        raise Cannot("this score has no FlexAttention form")
+    bend, config = BEND[kind], case.score
+    allowed, rule = part_of(case.rule).allowed, case.rule
+    table, last = bias_by_distance(case, shape, device), shape.seq - 1
+
+    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return allowed(rule, q, k)  # type: ignore[no-any-return]
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if table is not None:
+            # Pairs that the causal mask hides would point behind the table.
+            score = score + table[head, (last + k - q).clamp(max=last)]
+        return score if bend is None else bend(config, score)
+
+    torch._dynamo.reset()
+    # A backward pass that is run again and again must find the buffers of the forward pass untouched.
+    torch._functorch.config.donated_buffer = False
+    blocks = None
+    if rule.kind != "full":
+        blocks = create_block_mask(mask_mod, None, None, shape.seq, shape.seq, device=str(device))
+    bends = table is not None or bend is not None
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = compiled(
+            q,
+            k,
+            v,
+            score_mod=score_mod if bends else None,
+            block_mask=blocks,
+            scale=scale(shape),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out
+
+    return Kernel(attend)
+
+
+def reason(name: str, error: Exception, heard: list[warnings.WarningMessage]) -> str:
+    """Why a kernel refused, in one short phrase: PyTorch's warning about it, or the first line of the error."""
+    word = PINNED[name][1] if name in PINNED else name
+    for warning in heard:
+        text = str(warning.message)
+        if word in text.lower() and "not used because" not in text:
+            return _short(text)
+    return _short(str(error) or type(error).__name__)
+
+
+def _short(text: str) -> str:
+    line = text.strip().splitlines()[0].split(" (Triggered")[0].rstrip(".")
+    return line if len(line) <= 90 else line[:87] + "..."
