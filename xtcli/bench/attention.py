@@ -101,26 +101,29 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     release(place.device)
     rows: list[dict[str, Any]] = []
     order = [(seq, case, name) for seq in config.seq for case in wanted for name in config.kernels]
+    waiting = sum(kernels.never(name, case, place.device) is None for _, case, name in order)
+    reference: Tensor | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference: Tensor | None = None
-        for at, (seq, case, name) in enumerate(order):
+        for seq, case, name in order:
             if name == config.kernels[0]:
                 reference = None
-            left = config.limit - (time.perf_counter() - began)
             row = _row(case, name, config.shape(seq))
+            rows.append(row)
+            row["skipped"] = kernels.never(name, case, place.device)
+            if row["skipped"] is not None:
+                continue
+            left = config.limit - (time.perf_counter() - began)
             try:
-                share = max(left / (len(order) - at), 0.0)
-                found, out = _measure(case, name, config, seq, place, share, left)
+                found, out = _measure(case, name, config, seq, place, left / waiting, left)
                 row |= _rated(found, row, product["flop_per_s"])
                 reference = _check(row, out, reference, config.dtype)
-                del out
+                del out, row["skipped"]
             except Cannot as cannot:
                 row["skipped"] = str(cannot)
             except torch.OutOfMemoryError:
                 row["skipped"] = "out of memory"
-            rows.append(row)
-            release(place.device)
+            waiting -= 1
             talk(_said(row))
     return results.result(
         "attention",

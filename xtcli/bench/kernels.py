@@ -61,21 +61,33 @@ class Kernel:
     masks: int = 0
 
 
+def never(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a kernel cannot do a case of any size on such a device, or None."""
+    score = part_of(case.score)
+    masked = case.position is not None or case.rule.kind not in ("causal", "full")
+    if name in GPU_ONLY and device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    if name == "flex" and score not in BEND:
+        return "this score has no FlexAttention form"
+    if name not in ("flex", "plain") and not score.fused:
+        return "PyTorch's kernels have only the ordinary softmax"
+    if name == "flash" and device.type == "cuda" and masked:
+        return "takes no mask but the causal one"
+    return None
+
+
 def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, free: int) -> Kernel:
     """The kernel `name` for a case of this size; raises Cannot."""
-    if name in GPU_ONLY and device.type != "cuda":
-        raise Cannot("needs an NVIDIA GPU")
+    impossible = never(name, case, device)
+    if impossible is not None:
+        raise Cannot(impossible)
     room = _needed(name, case, shape, dtype)
     if room > free:
         raise Cannot(f"needs about {gib(room)} of memory, {gib(free)} are free")
     if name == "flex":
         return _flex(case, shape, device)
     kind, factor = part_of(case.score), scale(shape)
-    if name != "plain" and not kind.fused:
-        raise Cannot("PyTorch's kernels have only the plain softmax")
     seen = visible(case, shape, device, dtype)
-    if name == "flash" and device.type == "cuda" and seen.mask is not None:
-        raise Cannot("takes no mask but the causal one")
     stored = 0 if seen.mask is None else seen.mask.untyped_storage().nbytes()
     if name == "plain":
         return Kernel(lambda q, k, v: plain(q, k, v, seen, factor, 0.0, kind, case.score), masks=stored)
@@ -104,8 +116,6 @@ def _flex(case: Case, shape: Shape, device: torch.device) -> Kernel:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     kind = part_of(case.score)
-    if kind not in BEND:
-        raise Cannot("this score has no FlexAttention form")
     bend, config = BEND[kind], case.score
     allowed, rule = part_of(case.rule).allowed, case.rule
     table, last = bias_by_distance(case, shape, device), shape.seq - 1

@@ -72,10 +72,19 @@ def attention_table(found: Mapping[str, Any]) -> None:
     few = sum("note" in row.get(side, {}) for row in found["rows"] for side in sides)
     if few:
         print(f"{units.plural(few, 'time')} of fewer than 20 steady repeats: the JSON says which (note).")
-    skipped = [row for row in found["rows"] if "skipped" in row]
-    if skipped:
+    _skipped(found["rows"])
+
+
+def _skipped(rows: Iterable[Mapping[str, Any]]) -> None:
+    """What did not run, by kernel and reason."""
+    why: dict[tuple[str, str, int], list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            why.setdefault((row["kernel"], row["skipped"], row["seq"]), []).append(row["case"])
+    if why:
         print("not run:")
-        print("\n".join(units.table([(row["name"], row["skipped"]) for row in skipped], indent=2)))
+        lines = [(kernel, f"{seq:,}", ", ".join(names), text) for (kernel, text, seq), names in why.items()]
+        print("\n".join(units.table(lines, indent=2, right=(1,))))
 
 
 def _growth_table(found: Mapping[str, Mapping[str, float]]) -> None:

@@ -180,7 +180,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, budget: float = 3.0
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last measurement held."""
-    gc.collect()
+    """Give back to the GPU what the last measurement held."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

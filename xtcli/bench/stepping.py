@@ -1,0 +1,151 @@
+"""Training steps on random tokens: the loop of `xt train` itself, with nothing around it.
+
+A `Bench` has the model, its plan and a batch that stays; each call of `step` is one optimizer step, loss included. The
+tokens are random, so the loss starts near log(vocabulary) and falls as the batch is learnt: a fast wrong step shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xtcli.config.preset import Resolved
+from xtcli.data.batch import IGNORE, Batch
+from xtcli.errors import Problem, UserError, refuse
+from xtcli.inspect.cost import usual_length
+from xtcli.model import Model, skeleton
+from xtcli.parts.graphs import Graph
+from xtcli.train.device import Place
+from xtcli.train.job import Job, complete, with_weights
+from xtcli.train.loop import Trainer
+from xtcli.train.plan import Plan, make_plan
+from xtcli.train.transforms import checkpoint_blocks, compile_blocks
+
+ENDLESS = 10**9
+MASKED = 0.15
+"""Share of the places that a masked language model is asked about."""
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def start(self, plan: str) -> None: ...
+
+    def step(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def validation(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def sample(self, text: str) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Bench:
+    """One preset ready to be trained on one batch."""
+
+    resolved: Resolved
+    place: Place
+    plan: Plan
+    batch: Batch
+    model: Model
+    trainer: Trainer
+    losses: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One optimizer step; its loss is noted."""
+        if self.trainer.step(self.batch):
+            raise refuse(f"the loss of {self.resolved.name} is not finite", "lower train.lr")
+
+    @property
+    def held(self) -> list[Tensor]:
+        """Weights and optimizer state."""
+        state = self.trainer.optimizer.state.values()
+        values = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *values]
+
+
+def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:
+    """Random tokens and what each head must say of them; raises UserError for a head that answers about more."""
+    rng = np.random.default_rng(seed)
+    accepted = signature(model.hidden).parameters
+    ids = rng.integers(0, model.vocab, (rows, length))
+    inputs = {"input_ids": ids}
+    if "decoder_input_ids" in accepted:
+        answer = rng.integers(0, model.vocab, (rows, length))
+        start = model.config.start if model.config.start is not None else model.config.pad or 0
+        inputs["decoder_input_ids"] = np.concatenate([np.full((rows, 1), start), answer[:, :-1]], 1)
+        following = answer
+    else:
+        following = np.concatenate([ids[:, 1:], np.full((rows, 1), IGNORE)], 1)
+    masked = np.where(rng.random((rows, length)) < MASKED, ids, IGNORE)
+    masked[:, 0] = ids[:, 0]
+    known = {"lm": following if model.causal else masked, "mlm": masked, "nsp": rng.integers(0, 2, (rows,))}
+    targets = {name: known[name] for name in model.heads if name in known}
+    if not targets:
+        have = ", ".join(model.heads) or "none"
+        raise refuse(f"random tokens have no answers for the model's heads ({have})", "give it a head lm or mlm")
+    return Batch.of(inputs, targets, range(rows), [length * len(inputs)] * rows)
+
+
+def prepare(
+    resolved: Resolved, place: Place, *, rows: int | None, length: int | None, seed: int, free: int | None = None
+) -> tuple[Graph, Plan, Batch]:
+    """Skeleton, plan and batch; takes no memory. Without `rows`, one forward pass as large as fits and is asked for."""
+    model = skeleton(resolved)
+    config = resolved.preset.train
+    length = length or usual_length(resolved, model)
+    free = place.free() if free is None else free
+    batch = random_batch(model, rows or config.batch, length, seed)
+    plan = make_plan(
+        model,
+        batch,
+        dtype=place.dtype,
+        micro_batch=config.micro_batch,
+        checkpointing=config.checkpointing,
+        free=free,
+        device=place.device.type,
+    )
+    if rows is None and plan.micro_batch < plan.batch:
+        return prepare(resolved, place, rows=plan.micro_batch, length=length, seed=seed, free=free)
+    if plan.peak > free:
+        raise UserError(
+            Problem(
+                f"{resolved.name} does not fit: a step takes {plan.peak / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+                remedy="give a smaller --batch or --length, or train.checkpointing=true",
+            )
+        )
+    return model, plan, batch
+
+
+def start(resolved: Resolved, place: Place, plan: Plan, batch: Batch, model: Graph, seed: int) -> Bench:
+    """Weights in memory, compiled where training would compile, and a trainer that logs every step's loss."""
+    resolved = complete(resolved, steps=ENDLESS, batch=len(batch), log_every=1, init=None, lora=None, seed=seed)
+    job = Job(resolved, place, None, None, None, None, model, plan, 0)
+    torch.manual_seed(seed)
+    weights = with_weights(job, None)
+    losses: list[float] = []
+    config = resolved.preset.train
+    if config.checkpointing:
+        checkpoint_blocks(weights)
+    if compiles(resolved, place):
+        compile_blocks(weights)
+    weights.train()
+    nothing: Any = cast(Any, None)
+    trainer = Trainer(job, weights, nothing, Silent(), lambda line: losses.append(line["loss"]))
+    moved = batch.to(place.device)
+    return Bench(resolved, place, plan, moved, weights, trainer, losses)
+
+
+def compiles(resolved: Resolved, place: Place) -> bool:
+    """Whether training compiles here."""
+    wanted = resolved.preset.train.compile
+    return wanted is True or (wanted == "auto" and place.device.type == "cuda")
