@@ -171,7 +171,9 @@ def test_what_a_prompt_lacks_is_said(runs: Any, capsys: pytest.CaptureFixture[st
         "name the keys as the columns that the model was trained on",
         ("sequence", ("--prompt", "a", "--context", "b")): "the prompt: --context is for models that read a second "
         "text; leave it out",
-        ("sequence", ("--prompt", "")): "the prompt: 'text' is empty; give some text",
+        ("sequence", ("--prompt", " ")): "the prompt: 'text' is empty; give some text",
+        ("choice", ("--prompt", '{"text": "which ?", "choices": ["one"]}')): "the prompt: has no two texts to "
+        "choose from; list them in 'choices'",
         (
             "sequence",
             ("--prompt", '{"text": 3}'),

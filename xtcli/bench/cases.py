@@ -106,7 +106,9 @@ def chosen_cases(texts: Sequence[str]) -> list[Case]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise refuse(first["msg"], f"see xt inspect --parts mask.{value['kind']}", place="--mask", path=where) from None
+            raise refuse(
+                first["msg"], f"see xt inspect --parts mask.{value['kind']}", place="--mask", path=where
+            ) from None
         name = " ".join([value["kind"], *(f"{key}={entry}" for key, entry in fields.items())])
         found.append(Case(name, "mask", rule, Softmax.Config()))
     return found or list(known.values())

@@ -14,6 +14,7 @@ from rich.table import Table
 from xtcli.bench.attention import total_ms
 from xtcli.inspect import figure, units
 from xtcli.runs.run import gib
+from xtcli.train.curve import curve
 
 WIDE = 200
 """Columns where stdout is no terminal: a table in a file must not be cut."""
@@ -135,3 +136,147 @@ def attention_plot(found: Mapping[str, Any], path: Path) -> None:
     )
     axis.grid(alpha=0.3)
     figure.save(drawn, path)
+
+
+def training_table(found: Mapping[str, Any]) -> None:
+    """One row for each preset and side."""
+    columns = [
+        "preset",
+        "side",
+        "parameters",
+        "tokens a step",
+        "step ms (p5-p95)",
+        "first step s",
+        "tok/s",
+        "targets/s",
+    ]
+    columns += ["MFU", "of product", "peak memory", "loss first", "loss last"]
+    rows = []
+    for row in found["rows"]:
+        first = (row["step"]["first_call_extra_ms"] + row["step"]["median_ms"]) / 1e3
+        rows.append(
+            (
+                row["preset"],
+                row["side"],
+                f"{row['parameters']:,}",
+                f"{row['rows']} x {row['length']:,}",
+                spread(row["step"]),
+                f"{first:.2f}",
+                f"{row['tok_s']:,.0f}",
+                f"{row['targets_s']:,.0f}",
+                percent(row["mfu"]),
+                percent(row["share_of_matmul"]),
+                _memory(row["peak_bytes"]),
+                f"{row['first_loss']:.4f}",
+                f"{row['final_loss']:.4f}",
+            )
+        )
+    product = found["matmul"]
+    show(columns, rows, _where(found) + f"; matrix product {product['flop_per_s'] / 1e12:.3g} TFLOP/s")
+    for row in found["rows"]:
+        if "ratio" in row:
+            same = "the same first loss" if row["same_first_loss"] else "ANOTHER first loss: not the same network"
+            print(f"{row['preset']}: {row['ratio']:.2f} x {found['config']['against']} (medians), {same}")
+        if "no_reference" in row:
+            print(f"{row['preset']}: not compared: {row['no_reference']}")
+        if "mfu_refused" in row:
+            print(f"{row['name']}: MFU {row['mfu_refused']}")
+
+
+def generation_table(found: Mapping[str, Any]) -> None:
+    """One row for each preset and side."""
+    config = found["config"]
+    columns = ["preset", "side", "parameters", "first token ms (p5-p95)", "ms a token (p5-p95)", "tok/s", "peak memory"]
+    columns += ["of xt's time", "same tokens"]
+    rows = []
+    for row in found["rows"]:
+        rows.append(
+            (
+                row["preset"],
+                row["side"],
+                f"{row['parameters']:,}",
+                spread(row["first_token"]),
+                spread(row["per_token"]),
+                "n/a" if row["tok_s"] is None else f"{row['tok_s']:,.1f}",
+                _memory(row["peak_bytes"]),
+                f"{row['ratio_of_xt']:.2f} x" if "ratio_of_xt" in row else "-",
+                percent(row["same_tokens"]) if "same_tokens" in row else "-",
+            )
+        )
+    show(columns, rows, f"{config['batch']} x {config['prompt']:,} + {config['new']:,} tokens, {_where(found)}")
+    for row in found["rows"]:
+        if "no_reference" in row:
+            print(f"{row['preset']}: not compared: {row['no_reference']}")
+
+
+def race_table(found: Mapping[str, Any]) -> None:
+    """Where each ended, best first, and the losses over the tokens in the terminal."""
+    rows = sorted(found["rows"], key=lambda row: row["validation_loss"] or row["final_loss"])
+    columns = ["preset", "parameters", "FLOP/token", "steps", "tokens", "time s", "tok/s", "loss", "validation loss"]
+    cells = [
+        (
+            row["name"],
+            f"{row['parameters']:,}",
+            units.flop(row["flop_per_token"]),
+            f"{row['steps']:,}",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.1f}",
+            "n/a" if row["tok_s"] is None else f"{row['tok_s']:,.0f}",
+            f"{row['final_loss']:.4f}",
+            "n/a" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+        )
+        for row in rows
+    ]
+    config = found["config"]
+    budget = f"{config['seconds']:g} s of training each" if config["seconds"] else f"{config['tokens']:,} tokens each"
+    show(columns, cells, f"{budget}, {_where(found)}; losses in nats per target, of the last tenth of the steps")
+    width, height = units.terminal()
+    every = [point[3] for row in rows for point in row["training"]]
+    last = max(row["tokens"] for row in rows)
+    for row in rows:
+        points = [(point[0], point[3]) for point in row["training"]]
+        room = max(3, min(8, height // len(rows) - 4))
+        scale: dict[str, Any] = {"low": min(every), "high": max(every), "first": 0, "last": last}
+        text = curve(points, min(width, 100), room, **scale)
+        print("\n".join([f"{row['name']}: loss over tokens", *(line.replace("step ", "token ") for line in text)]))
+
+
+def race_plot(found: Mapping[str, Any], path: Path) -> None:
+    """Loss over tokens, over time and over FLOPs."""
+    drawn, axes = figure.panels(3)
+    for axis, column, label in zip(axes, range(3), ("tokens", "training time (s)", "FLOPs"), strict=True):
+        for number, row in enumerate(found["rows"]):
+            colour = f"C{number % 10}"
+            for points, style in ((row["training"], {"alpha": 0.4}), (row["validation"], {"marker": "o"})):
+                label_of = f"{row['name']}{', validation' if 'marker' in style else ''}"
+                xs, ys = [point[column] for point in points], [point[3] for point in points]
+                axis.plot(xs, ys, color=colour, linewidth=1, markersize=3, label=label_of, **style)
+        axis.set_xlabel(label)
+        axis.set_ylabel("loss (nats per target)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.save(drawn, path)
+
+
+def loss_plot(found: Mapping[str, Any], path: Path) -> None:
+    """Tokens per second as bars, and the losses of the steps."""
+    drawn, (bars, losses) = figure.panels(2)
+    names = [row["name"] for row in found["rows"]]
+    bars.barh(range(len(names)), [row["tok_s"] for row in found["rows"]])
+    bars.set_yticks(range(len(names)), names, fontsize=7)
+    bars.invert_yaxis()
+    bars.set_xlabel("tok/s")
+    for row in found["rows"]:
+        losses.plot(range(1, len(row["losses"]) + 1), row["losses"], label=row["name"])
+    losses.set_xlabel("step on the same random tokens")
+    losses.set_ylabel("loss (nats per target)")
+    losses.legend(fontsize=7)
+    figure.save(drawn, path)
+
+
+def _memory(count: int | None) -> str:
+    return "n/a" if count is None else gib(count)
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    return f"{found['conditions']['device']}, {found['conditions']['dtype']}"

@@ -103,21 +103,23 @@ def measure(
 ) -> Times:
     """Time `function` on `device` within about `budget` seconds, the first call not counted.
 
-    At least `repeats` repeats where the budget has room for them; otherwise as many as fit, three at least, or one
-    where three would take twice the budget; the note then says so.
+    At least `repeats` repeats where the budget has room for them; otherwise as many as fit, three at least. Where one
+    call takes more than the budget, one repeat without warm-up. The note says what fell short.
     """
     first = clocked(function, device)
     began = time.perf_counter()
-    warm: list[float] = []
-    while len(warm) < MOST_WARM and not steady(warm):
+    warm: list[float] = [] if first < budget else [clocked(function, device)]
+    long = bool(warm) and warm[0] > budget / 2
+    while not long and len(warm) < MOST_WARM and not steady(warm):
         warm.append(clocked(function, device))
         if time.perf_counter() - began > budget / 3:
             break
     each = min(warm)
+    if long:
+        # The only warm call is the measurement.
+        return Times((each,), first, 0, f"1 repeat: it takes {each:.2g} s")
     left = budget - (time.perf_counter() - began)
     count = min(repeats, max(int(left / max(each, 1e-9)), FEWEST))
-    if count * each > 2 * budget:
-        count = 1
     notes = []
     if count < repeats:
         notes.append(f"{count} repeats: one takes {each:.2g} s")

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from xtcli.commands.options import Json, next_command
+from xtcli.commands.options import Json, Size, Tiny, next_command
+from xtcli.config.complete import complete_override_or_preset
 from xtcli.errors import refuse
 
 command = typer.Typer(
@@ -19,10 +20,24 @@ command = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Out = Annotated[Path | None, typer.Option(help="Write the result, raw times included, as FILE.json.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option(help="Write the result, raw times included, as FILE.json.", show_default=False)
+]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result as FILE.png.", show_default=False)]
 Precision = Annotated[
     str, typer.Option("--dtype", help="fp32, bf16, fp16, or auto: bf16 where a GPU has it, else fp32.")
+]
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PRESET [KEY=VALUE]...",
+        help="Presets, each followed by settings over it.",
+        autocompletion=complete_override_or_preset,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="transformers: the same weights there, in the same process.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 
@@ -99,6 +114,135 @@ def attention(
         report.attention_plot(found, plot)
         _talk(f"drawn: {plot}")
     next_command(f"xt bench --rerun {out}" if out else f"xt bench attention --seq {seq} --out attention.json")
+
+
+@command.command()
+def train(
+    words: Words,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are timed.")] = 20,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a step (as many as fit at once).", show_default=False)
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence.", show_default=False)] = None,
+    against: Against = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Race on real text: training time of each preset, as 30s, 5m, 1h.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Race on real text: tokens of each preset, as 500k, 10M.", show_default=False)
+    ] = None,
+    size: Size = None,
+    tiny: Tiny = False,
+    dtype: Precision = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Training steps on random tokens: tok/s, MFU, memory, loss. With --budget or --tokens: a race on real text."""
+    from xtcli.bench import race, report, training
+    from xtcli.bench.reference import check_installed
+
+    _check_files(out, plot)
+    found = _targets(words, dtype, device)
+    common: dict[str, Any] = {"size": size, "tiny": tiny, "batch": batch, "length": length}
+    if budget is not None or tokens is not None:
+        if budget is not None and tokens is not None:
+            raise refuse("--budget and --tokens are two budgets", "give one of them")
+        if against is not None:
+            raise refuse("a race is among presets", "leave out --against")
+        amounts = {"seconds": _seconds(budget), "tokens": _count(tokens)}
+        result = race.run(race.Config.of(found, **amounts, **common), _talk)
+        _keep(result, out, as_json, lambda: report.race_table(result))
+        if plot is not None:
+            report.race_plot(result, plot)
+    else:
+        check_installed(against)
+        result = training.run(training.Config.of(found, steps=steps, against=against, **common), _talk)
+        _keep(result, out, as_json, lambda: report.training_table(result))
+        if plot is not None:
+            report.loss_plot(result, plot)
+    if plot is not None:
+        _talk(f"drawn: {plot}")
+    next_command(f"xt bench --rerun {out}" if out else f"xt train {found[0].ref}")
+
+
+@command.command()
+def generate(
+    words: Words,
+    batch: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Texts that are timed.")] = 5,
+    against: Against = None,
+    size: Size = None,
+    tiny: Tiny = False,
+    dtype: Precision = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Random weights write: time to the first token, time of each further one, tok/s, memory."""
+    from xtcli.bench import generation, report
+    from xtcli.bench.reference import check_installed
+
+    _check_files(out, None)
+    check_installed(against)
+    place = _place(device, dtype)
+    config = generation.Config.of(
+        _targets(words, "auto", "auto"),
+        device=place.device.type,
+        dtype=place.precision,
+        size=size,
+        tiny=tiny,
+        batch=batch,
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        against=against,
+    )
+    result = generation.run(config, place, _talk)
+    _keep(result, out, as_json, lambda: report.generation_table(result))
+    next_command(f"xt bench --rerun {out}" if out else f"xt bench train {config.presets[0][0]}")
+
+
+def _targets(words: list[str], dtype: str, device: str) -> Any:
+    """The presets with their overrides, and what the options of device and format add to each."""
+    from dataclasses import replace
+
+    from xtcli.inspect.targets import targets
+
+    more = [f"train.precision={dtype}"] if dtype != "auto" else []
+    more += [f"train.device={device}"] if device != "auto" else []
+    found = targets(words)
+    if not found:
+        raise refuse("no preset was named", "write xt bench train PRESET")
+    return [replace(target, overrides=(*target.overrides, *more)) for target in found]
+
+
+def _seconds(text: str | None) -> float | None:
+    """30s, 5m, 1h, or a plain number of seconds."""
+    return _amount(text, {"s": 1, "m": 60, "h": 3600}, "--budget", "30s, 5m or 1h")
+
+
+def _count(text: str | None) -> int | None:
+    """500k, 10M, or a plain number of tokens."""
+    found = _amount(text, {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}, "--tokens", "500k or 10M")
+    return None if found is None else max(int(found), 1)
+
+
+def _amount(text: str | None, units: dict[str, int], option: str, like: str) -> float | None:
+    if text is None:
+        return None
+    number, factor = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
+    try:
+        amount = float(number) * factor
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount < float("inf"):
+        raise refuse(f"'{text}' is no budget", f"write {like}", place=option)
+    return amount
 
 
 def _rerun(path: Path, out: Path | None, as_json: bool) -> None:

@@ -75,15 +75,14 @@ def command(
 def _plan(target: str, changes: list[str], size: str | None, tiny: bool, as_json: bool) -> None:
     from xtcli.config.preset import load_preset
     from xtcli.train.job import make_job
-    from xtcli.train.start import describe
+    from xtcli.train.start import describe, table
 
     job = make_job(load_preset(target, changes, size=size, tiny=tiny), _talk)
     text = describe(job)
     if as_json:
         print(json.dumps(text))
     else:
-        for name, value in text.items():
-            print(f"{name:>11}  {value}")
+        print(table(text))
     _talk(f"next: xt train {target}")
 
 

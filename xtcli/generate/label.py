@@ -29,6 +29,7 @@ from xtcli.generate.engine import ROWS, undisturbed
 from xtcli.objectives.classify import TASKS, Classify
 from xtcli.objectives.extract import Extract
 from xtcli.objectives.labelled import Labelled
+from xtcli.objectives.labels import item_of
 from xtcli.parts.graphs import Graph
 from xtcli.train.scores import SpanScores
 
@@ -108,9 +109,11 @@ def say(
     length = context or model.context or CONTEXT
     asked = needed(kind.columns(config), config)
     for place, values in rows:
-        empty = next((column for column, value in zip(asked, values, strict=False) if value in (None, "", [])), None)
+        empty = next((column for column, value in zip(asked, values, strict=False) if _empty(value)), None)
         if empty is not None:
             raise refuse(f"{empty!r} is empty", "give some text", place=place)
+        if isinstance(config, Classify.Config) and item_of(config, 0, (place, list(values)), labelled=False) is None:
+            raise refuse("has no two texts to choose from", f"list them in {asked[-1]!r}", place=place)
     start = getattr(model, "start", None)
     special = tokenizer.special
     build: Any = kind
@@ -124,8 +127,6 @@ def say(
         predict=True,
         **kind.facts(model),
     )
-    if made.left_out:
-        raise refuse("some prompt has no two texts to choose from", f"list them in {asked[-1]!r}")
     cut = "a question is cut at half a row" if isinstance(made, Extract) else f"texts are cut at {length:,} tokens"
     said = Said(notes=[f"{cut}, as in training"] if made.cut_short else [])
     with undisturbed(model):
@@ -175,6 +176,10 @@ def _row(place: str, prompt: str, second: str | None, columns: Sequence[str], co
     if len(given) > len(asked):
         raise refuse("--context is for models that read a second text", "leave it out", place=place)
     return place, [*given, *rest]
+
+
+def _empty(value: Any) -> bool:
+    return not value.strip() if isinstance(value, str) else value in (None, [])
 
 
 def needed(columns: Sequence[str], config: Any) -> Sequence[str]:

@@ -148,7 +148,7 @@ def _bare(config: Config) -> Config:
 def _tokenizer(resolved: Resolved, folder: Path) -> Config:
     """The config of the tokenizer to use; raises UserError where its ids are not the checkpoint's."""
     named = resolved.preset.tokenizer
-    file = _file(resolved, named)
+    file = Path(named.path) if isinstance(named, File.Config) else None
     overridden = any(
         path.split(".")[0] == "tokenizer" and origin.source == "override" for path, origin in resolved.origins.items()
     )
@@ -161,9 +161,7 @@ def _tokenizer(resolved: Resolved, folder: Path) -> Config:
     if file is None or file.resolve() in ((folder / FILE).resolve(), folder.resolve()):
         return File.Config(path=str(folder / FILE))
     if not have:
-        return named.model_copy(update={"path": str(file)})
-    if not overridden and not file.exists():
-        return File.Config(path=str(folder / FILE))
+        return named
     theirs = Tokenizer.load(folder).library.get_vocab(with_added_tokens=True)
     ours = {id: token for token, id in Tokenizer.load(file).library.get_vocab(with_added_tokens=True).items()}
     for token, id in sorted(theirs.items(), key=lambda item: item[1]):
@@ -171,17 +169,7 @@ def _tokenizer(resolved: Resolved, folder: Path) -> Config:
             other = f"{ours[id]!r}" if id in ours else "nothing"
             cause = f"id {id:,} is {token!r} in the checkpoint and {other} in {file}"
             raise UserError(Problem(cause, place, "tokenizer", "leave it out: the checkpoint has one"))
-    return named.model_copy(update={"path": str(file.resolve())})
-
-
-def _file(resolved: Resolved, tokenizer: Config) -> Path | None:
-    """The file that a tokenizer config names: beside its preset where it is there, else as it is written."""
-    if not isinstance(tokenizer, File.Config):
-        return None
-    path = Path(tokenizer.path).expanduser()
-    beside = resolved.file.parent / path
-    origin = resolved.origins.get("tokenizer.path")
-    return beside if origin is not None and origin.source == "preset" and beside.exists() else path
+    return named
 
 
 def _groups(names: Iterable[str], loaded: Iterable[str]) -> dict[str, int]:

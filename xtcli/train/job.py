@@ -94,7 +94,6 @@ def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path |
     validation = None
     if any(len(stream) for stream in held_out.streams.values()):
         validation = kind(preset.objective, held_out, tokenizer, validation=True, **options)
-    talk(objective.describe())
     rows = np.zeros(config.batch, dtype=np.int64)
     batch: Batch = objective.batch(np.arange(config.batch, dtype=np.int64) % len(objective), rows)
     _heads_fit(batch, model, resolved)

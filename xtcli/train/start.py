@@ -53,6 +53,12 @@ def describe(job: Job) -> dict[str, str]:
     return text
 
 
+def table(facts: dict[str, str]) -> str:
+    """Label and figure a line; further lines of a figure stand under its first."""
+    margin = "\n" + " " * 13
+    return "\n".join(f"{name:>11}  {margin.join(value.splitlines())}" for name, value in facts.items())
+
+
 def new(
     resolved: Resolved, *, out: Path | None, command: Sequence[str], record: Record, talk: Callable[[str], None]
 ) -> tuple[int, Path]:
@@ -128,7 +134,7 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
 
 def _go(trainer: Trainer, stopper: Stopper) -> int:
     job, view = trainer.job, trainer.view
-    view.start("\n".join(f"{name:>11}  {value}" for name, value in describe(job).items()))
+    view.start(table(describe(job)))
     try:
         return trainer.train(stopper)
     except torch.OutOfMemoryError:
