@@ -317,3 +317,9 @@ def test_without_tensorboard_the_extra_is_named(text: Path, tmp_path: Path, monk
     options = [f"data={text}", *QUICK, "train.steps=1", "train.tensorboard=true"]
     with pytest.raises(UserError, match="TensorBoard is not installed; pip install"):
         train("gpt2-nano", *options, out=tmp_path / "run")
+
+
+def test_the_micro_batch_that_was_chosen_is_recorded(text: Path, tmp_path: Path) -> None:
+    train("gpt2-nano", f"data={text}", *QUICK, "train.steps=1", "train.sample_tokens=2", out=tmp_path / "run")
+    recorded = load_preset(tmp_path / "run").preset.train
+    assert recorded.micro_batch == recorded.batch == 8

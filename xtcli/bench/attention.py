@@ -1,7 +1,8 @@
 """`xt bench attention`: every kind of attention on every kernel, forward and backward, at one or several lengths.
 
-The time that the whole may take is shared out: each case gets an equal part of what is left. A case that a short
-probe predicts to need more than its part is left out with that reason, so that the end is known beforehand.
+The time that the whole may take is shared out: each case gets an equal part of what is left, the kernels that are used
+in earnest first. A case that a short probe predicts to need more than its part is left out with that reason, so that
+the end is known beforehand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from xtcli.bench.cases import Case, Shape
 from xtcli.bench.kernels import Cannot, Kernel
 from xtcli.bench.timing import Times, clocked, matmul_rate, measure, peak_bytes, release
 from xtcli.errors import refuse
+from xtcli.registry import part_of
 from xtcli.train.device import DTYPES, Place
 
 Talk = Callable[[str], None]
@@ -51,7 +53,8 @@ class Config:
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Config:
         """The configuration of a result file."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+        read: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in facts.items()}
+        return cls(**read)
 
     def shape(self, seq: int) -> Shape:
         """Sizes at one length."""
@@ -100,14 +103,14 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     product = matmul_rate(place.device, dtype, budget=min(3.0, config.limit / 20))
     release(place.device)
     rows: list[dict[str, Any]] = []
-    order = [(seq, case, name) for seq in config.seq for case in wanted for name in config.kernels]
+    # What only one kernel can do comes before what others have shown already.
+    rare = sorted(wanted, key=lambda case: part_of(case.score).fused)
+    order = [(seq, case, name) for seq in config.seq for name in config.kernels for case in rare]
     waiting = sum(kernels.never(name, case, place.device) is None for _, case, name in order)
-    reference: Tensor | None = None
+    outputs: dict[tuple[int, str], Tensor] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for seq, case, name in order:
-            if name == config.kernels[0]:
-                reference = None
             row = _row(case, name, config.shape(seq))
             rows.append(row)
             row["skipped"] = kernels.never(name, case, place.device)
@@ -117,7 +120,7 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
             try:
                 found, out = _measure(case, name, config, seq, place, left / waiting, left)
                 row |= _rated(found, row, product["flop_per_s"])
-                reference = _check(row, out, reference, config.dtype)
+                _check(row, out, outputs.setdefault((seq, case.name), out), config.dtype)
                 del out, row["skipped"]
             except Cannot as cannot:
                 row["skipped"] = str(cannot)
@@ -125,6 +128,8 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
                 row["skipped"] = "out of memory"
             waiting -= 1
             talk(_said(row))
+    names = [case.name for case in wanted]
+    rows.sort(key=lambda row: (row["seq"], names.index(row["case"])))
     return results.result(
         "attention",
         asdict(config),
@@ -177,7 +182,7 @@ def _measure(
             found["peak_bytes"], out = _peak(ready, (q, k, v, dy), device, config.forward_only)
             found["start_ms"] = (time.perf_counter() - began) * 1e3
             with torch.no_grad():
-                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget)
+                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget, called=True)
             if not config.forward_only:
                 found["backward"] = _backward(ready, (q, k, v), dy, device, budget)
         except torch.OutOfMemoryError:
@@ -189,7 +194,7 @@ def _measure(
 
 def _backward(ready: Kernel, given: tuple[Tensor, ...], dy: Tensor, device: torch.device, budget: float) -> Times:
     out = ready.attend(*given)
-    return measure(lambda: torch.autograd.grad(out, given, dy, retain_graph=True), device, budget=budget)
+    return measure(lambda: torch.autograd.grad(out, given, dy, retain_graph=True), device, budget=budget, called=True)
 
 
 def _peak(
@@ -236,14 +241,12 @@ def _rated(found: Mapping[str, Any], row: Mapping[str, Any], product: float) -> 
     return rated
 
 
-def _check(row: dict[str, Any], out: Tensor, reference: Tensor | None, dtype: str) -> Tensor:
-    """Note how far the output is from that of the first kernel that ran this case; returns what others compare with."""
-    if reference is None:
-        return out.detach()
-    row["difference"] = float((out.float() - reference.float()).abs().max())
-    # A nan is no agreement either.
-    row["wrong"] = not row["difference"] <= WRONG[dtype]
-    return reference
+def _check(row: dict[str, Any], out: Tensor, reference: Tensor, dtype: str) -> None:
+    """Note how far the output is from that of the first kernel that ran this case."""
+    if out is not reference:
+        row["difference"] = float((out.float() - reference.float()).abs().max())
+        # A nan is no agreement either.
+        row["wrong"] = not row["difference"] <= WRONG[dtype]
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

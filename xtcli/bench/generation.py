@@ -16,6 +16,7 @@ from torch import Tensor
 from xtcli.bench import results
 from xtcli.bench.reference import Unmatched, reference
 from xtcli.bench.timing import Times, clocked, measure, peak_bytes, release
+from xtcli.bench.training import labels
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import refuse
 from xtcli.generate.decode import choose
@@ -65,18 +66,22 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     for resolved in presets:
         _check(resolved, config)
     rows: list[dict[str, Any]] = []
-    for resolved in presets:
-        talk(f"{resolved.name}: {config.batch} x {config.prompt} + {config.new} tokens, {config.dtype}, {place.name}")
+    names = labels(config.presets)
+    for name, resolved in zip(names, presets, strict=True):
+        talk(f"{name}: {config.batch} x {config.prompt} + {config.new} tokens, {config.dtype}, {place.name}")
         model = build(resolved, seed=config.seed, device=place.device, dtype=DTYPES[config.dtype])
         with undisturbed(model):
-            rows += _measure(model, resolved, config, place, talk)
+            rows += _measure(name, model, resolved, config, place, talk)
         del model
         release(place.device)
     return results.result(
         "generate",
         asdict(config),
         {"device": place.name, "dtype": config.dtype, "tokens_per_step": config.batch},
-        {"resolved": {resolved.name: resolved.to_tree() for resolved in presets}, "rows": rows},
+        {
+            "resolved": {name: resolved.to_tree() for name, resolved in zip(names, presets, strict=True)},
+            "rows": rows,
+        },
     )
 
 
@@ -95,18 +100,23 @@ def _check(resolved: Resolved, config: Config) -> None:
         )
 
 
+def start_of(model: Model) -> int | None:
+    """The token that an answer starts with, None where the prompt itself is continued."""
+    if not isinstance(model, EncoderDecoder):
+        return None
+    return model.config.start if model.config.start is not None else model.config.pad or 0
+
+
 class Ours:
     """`xt generate` without text: `write` makes `new` tokens of each row."""
 
     def __init__(self, model: Model, prompts: list[list[int]]) -> None:
-        self.model, self.prompts = model, prompts
-        self.both = isinstance(model, EncoderDecoder)
+        self.model, self.prompts, self.start = model, prompts, start_of(model)
 
     def write(self, new: int) -> list[list[int]]:
         """The new tokens of each row."""
-        start = self.model.config.start if self.model.config.start is not None else self.model.config.pad or 0
-        rows = [[start]] * len(self.prompts) if self.both else self.prompts
-        feed = Feed(self.model, rows, new, self.prompts if self.both else None)
+        rows = self.prompts if self.start is None else [[self.start]] * len(self.prompts)
+        feed = Feed(self.model, rows, new, None if self.start is None else self.prompts)
         logits = feed.start()
         columns = []
         for step in range(new):
@@ -120,10 +130,11 @@ class Ours:
 class Theirs:
     """transformers' `generate`, greedy; `cache` is static or dynamic."""
 
-    def __init__(self, model: Any, prompts: list[list[int]], both: bool, cache: str | None) -> None:
-        self.model, self.both = model.eval(), both
+    def __init__(self, model: Any, prompts: list[list[int]], start: int | None, cache: str | None) -> None:
+        self.model, self.both = model.eval(), start is not None
         self.ids = torch.tensor(prompts, device=model.device)
         self.extra: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
+        self.extra |= {} if start is None else {"decoder_start_token_id": start}
 
     def write(self, new: int) -> list[list[int]]:
         """The new tokens of each row."""
@@ -138,10 +149,12 @@ class Theirs:
             **self.extra,
         )
         before = 1 if self.both else self.ids.shape[1]
-        return made[:, before:].tolist()  # type: ignore[no-any-return]
+        return made[:, before:].tolist()
 
 
-def _measure(model: Model, resolved: Resolved, config: Config, place: Place, talk: Talk) -> list[dict[str, Any]]:
+def _measure(
+    preset: str, model: Model, resolved: Resolved, config: Config, place: Place, talk: Talk
+) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(config.seed)
     prompts = torch.randint(model.vocab, (config.batch, config.prompt), generator=generator).tolist()
     sides: dict[str, Any] = {"xt": Ours(model, prompts)}
@@ -149,13 +162,13 @@ def _measure(model: Model, resolved: Resolved, config: Config, place: Place, tal
     if config.against is not None:
         try:
             other, _ = reference(model, resolved, place.device, DTYPES[config.dtype])
-            both = isinstance(model, EncoderDecoder)
-            sides[f"{config.against}, dynamic cache"] = Theirs(other, prompts, both, None)
+            start = start_of(model)
+            sides[f"{config.against}, dynamic cache"] = Theirs(other, prompts, start, None)
             if place.device.type == "cuda":
-                sides[f"{config.against}, static cache"] = Theirs(other, prompts, both, "static")
+                sides[f"{config.against}, static cache"] = Theirs(other, prompts, start, "static")
         except Unmatched as reason:
             missing = str(reason)
-    rows = [_side(name, side, model, resolved, config, place, talk) for name, side in sides.items()]
+    rows = [_side(preset, name, side, model, config, place, talk) for name, side in sides.items()]
     for row in rows[1:]:
         pairs = [
             a == b
@@ -166,13 +179,11 @@ def _measure(model: Model, resolved: Resolved, config: Config, place: Place, tal
         row["ratio_of_xt"] = row["per_token"]["median_ms"] / rows[0]["per_token"]["median_ms"]
     if missing is not None:
         rows[0]["no_reference"] = missing
-        talk(f"{resolved.name}: {config.against} has no such model: {missing}")
+        talk(f"{preset}: {config.against} has no such model: {missing}")
     return rows
 
 
-def _side(
-    name: str, side: Any, model: Model, resolved: Resolved, config: Config, place: Place, talk: Talk
-) -> dict[str, Any]:
+def _side(preset: str, name: str, side: Any, model: Model, config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     """Whole texts and first tokens are timed; the rest of a text, divided, is the time of a further token."""
     device = place.device
     tokens = side.write(config.new)
@@ -181,10 +192,10 @@ def _side(
     steps = max(config.new - 1, 1)
     each = [max(seconds - first.median, 0.0) / steps for seconds in whole]
     per = Times(tuple(each), each[0], 1)
-    talk(f"{resolved.name}, {name}: first {first.median * 1e3:.3g} ms, then {per.median * 1e3:.3g} ms a token")
+    talk(f"{preset}, {name}: first {first.median * 1e3:.3g} ms, then {per.median * 1e3:.3g} ms a token")
     return {
-        "name": f"{resolved.name} {name}",
-        "preset": resolved.name,
+        "name": f"{preset} {name}",
+        "preset": preset,
         "side": name,
         "parameters": count(model),
         "first_token": first.facts(),

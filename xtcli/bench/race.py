@@ -1,8 +1,9 @@
-"""`xt bench train A B C --budget 5m`: architectures trained on the same text with the same tokenizer, at equal budget.
+"""`xt bench train A B C --budget 5m`: architectures trained on the same text and tokenizer, at equal budget.
 
-The first preset gives data, tokenizer, tokens per step and, for every model, the size of the vocabulary. Each has the same
-seconds of training (validation, building and the first, compiling step are not counted) or the same tokens. The
-schedule of the learning rate is laid over the steps that the budget will hold, which a few steps before the race tell.
+The first preset gives data, tokenizer and, for every model, the size of the vocabulary; tokens per step must agree.
+Each has the same seconds of training (validation, building and the first, compiling step are not counted) or the same
+tokens. The schedule of the learning rate is laid over the steps that the budget will hold, which a few steps before
+the race tell.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from xtcli.bench import results
 from xtcli.bench.stepping import Silent, compiles
 from xtcli.bench.timing import clocked, release
-from xtcli.bench.training import one_place
+from xtcli.bench.training import labels, one_place
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.data.loader import batches
 from xtcli.errors import Problem, UserError, refuse
@@ -68,8 +69,8 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
     jobs = [make_job(resolved, talk) for resolved in presets]
     _same_steps(jobs)
     rows = []
-    for job in jobs:
-        rows.append(_race(job, config, talk))
+    for name, job in zip(labels(config.presets), jobs, strict=True):
+        rows.append(_race(name, job, config, talk))
         release(place.device)
     return results.result(
         "race",
@@ -133,9 +134,9 @@ def _trainer(job: Job, record: Callable[[dict[str, Any]], None]) -> Trainer:
     return Trainer(job, model, cast(Any, None), Silent(), record)
 
 
-def _race(job: Job, config: Config, talk: Talk) -> dict[str, Any]:
+def _race(name: str, job: Job, config: Config, talk: Talk) -> dict[str, Any]:
     """One run: its curve and its end."""
-    name, place, plan = job.resolved.name, job.place, job.plan
+    place, plan = job.place, job.plan
     steps = _steps(job, config)
     short = min(job.config.warmup, max(steps // 10, 1))
     job = replace(job, resolved=complete(job.resolved, steps=steps, warmup=short, log_every=1))

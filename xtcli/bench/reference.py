@@ -21,7 +21,6 @@ from xtcli.convert import convert
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.errors import UserError, refuse
 from xtcli.model import Model, save_model
-from xtcli.train.device import Place
 
 REFERENCE = "transformers"
 LABELS = {"nsp": "next_sentence_label"}

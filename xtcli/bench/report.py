@@ -22,7 +22,9 @@ WIDE = 200
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """Print a table on stdout; the first column flush left, the others flush right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    if title:
+        print(title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
@@ -38,7 +40,12 @@ def percent(share: float | None) -> str:
 
 def spread(times: Mapping[str, Any]) -> str:
     """Median, 5th and 95th percentile."""
-    return f"{times['median_ms']:.3g} ({times['p5_ms']:.3g}-{times['p95_ms']:.3g})"
+    return f"{short(times['median_ms'])} ({short(times['p5_ms'])}-{short(times['p95_ms'])})"
+
+
+def short(value: float) -> str:
+    """Three digits, or all of a longer whole part."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def attention_table(found: Mapping[str, Any]) -> None:
@@ -47,8 +54,8 @@ def attention_table(found: Mapping[str, Any]) -> None:
     both = not config["forward_only"]
     title = (
         f"{config['batch']} x {config['heads']} heads ({config['kv_heads']} key/value) x {config['head_dim']}, "
-        f"{config['dtype']}, {found['conditions']['device']}; matrix product {product['flop_per_s'] / 1e12:.3g} TFLOP/s "
-        f"({product['size']}^3, same run)"
+        f"{config['dtype']}, {found['conditions']['device']}; "
+        f"matrix product {product['flop_per_s'] / 1e12:.3g} TFLOP/s ({product['size']}^3, same run)"
     )
     sides = ["forward", *(["backward"] if both else [])]
     columns = ["attention", "kernel", "tokens"]

@@ -52,6 +52,7 @@ class Silent:
 class Bench:
     """One preset ready to be trained on one batch."""
 
+    name: str
     resolved: Resolved
     place: Place
     plan: Plan
@@ -63,7 +64,7 @@ class Bench:
     def step(self) -> None:
         """One optimizer step; its loss is noted."""
         if self.trainer.step(self.batch):
-            raise refuse(f"the loss of {self.resolved.name} is not finite", "lower train.lr")
+            raise refuse(f"the loss of {self.name} is not finite", "lower train.lr")
 
     @property
     def held(self) -> list[Tensor]:
@@ -126,7 +127,7 @@ def prepare(
     return model, plan, batch
 
 
-def start(resolved: Resolved, place: Place, plan: Plan, batch: Batch, model: Graph, seed: int) -> Bench:
+def start(name: str, resolved: Resolved, place: Place, plan: Plan, batch: Batch, model: Graph, seed: int) -> Bench:
     """Weights in memory, compiled where training would compile, and a trainer that logs every step's loss."""
     resolved = complete(resolved, steps=ENDLESS, batch=len(batch), log_every=1, init=None, lora=None, seed=seed)
     job = Job(resolved, place, None, None, None, None, model, plan, 0)
@@ -142,7 +143,7 @@ def start(resolved: Resolved, place: Place, plan: Plan, batch: Batch, model: Gra
     nothing: Any = cast(Any, None)
     trainer = Trainer(job, weights, nothing, Silent(), lambda line: losses.append(line["loss"]))
     moved = batch.to(place.device)
-    return Bench(resolved, place, plan, moved, weights, trainer, losses)
+    return Bench(name, resolved, place, plan, moved, weights, trainer, losses)
 
 
 def compiles(resolved: Resolved, place: Place) -> bool:

@@ -99,16 +99,24 @@ def clocked(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    function: Callable[[], Any], device: torch.device, *, repeats: int = REPEATS, budget: float = 10.0
+    function: Callable[[], Any],
+    device: torch.device,
+    *,
+    repeats: int = REPEATS,
+    budget: float = 10.0,
+    called: bool = False,
 ) -> Times:
     """Time `function` on `device` within about `budget` seconds, the first call not counted.
 
     At least `repeats` repeats where the budget has room for them; otherwise as many as fit, three at least. Where one
-    call takes more than the budget, one repeat without warm-up. The note says what fell short.
+    call takes more than half the budget, one repeat without warm-up. The note says what fell short. called: whether the
+    function has been called before, so that its first call here is a warm one.
     """
     first = clocked(function, device)
     began = time.perf_counter()
-    warm: list[float] = [] if first < budget else [clocked(function, device)]
+    warm = [first] if called else []
+    if first > budget / 2 and not called:
+        warm = [clocked(function, device)]
     long = bool(warm) and warm[0] > budget / 2
     while not long and len(warm) < MOST_WARM and not steady(warm):
         warm.append(clocked(function, device))

@@ -50,6 +50,13 @@ class Config:
         return [load_preset(ref, overrides, size=self.size, tiny=self.tiny) for ref, overrides in self.presets]
 
 
+def labels(presets: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """What each preset is called in a result: its reference, with its overrides where that alone is said twice."""
+    refs = [ref for ref, _ in presets]
+    found = [ref if refs.count(ref) == 1 else " ".join([ref, *overrides]) for ref, overrides in presets]
+    return [name if found.count(name) == 1 else f"{name} #{at}" for at, name in enumerate(found, 1)]
+
+
 def one_place(presets: Sequence[Resolved]) -> Place:
     """The device and precision that all the presets ask for; raises UserError where they differ."""
     places = [choose(resolved.preset.train) for resolved in presets]
@@ -74,10 +81,11 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
     product = matmul_rate(place.device, place.dtype, budget=2.0)
     release(place.device)
     rows: list[dict[str, Any]] = []
-    for resolved, (skeleton, plan, batch) in zip(presets, ready, strict=True):
-        talk(f"{resolved.name}: {plan.parameters:,} parameters, {len(batch)} x {batch.lengths[0]:,} tokens a step")
+    names = labels(config.presets)
+    for name, resolved, (skeleton, plan, batch) in zip(names, presets, ready, strict=True):
+        talk(f"{name}: {plan.parameters:,} parameters, {len(batch)} x {batch.lengths[0]:,} tokens a step")
         began = time.perf_counter()
-        bench = start(resolved, place, plan, batch, skeleton, config.seed)
+        bench = start(name, resolved, place, plan, batch, skeleton, config.seed)
         rows += measure(bench, config, product["flop_per_s"], time.perf_counter() - began, talk)
         del bench
         release(place.device)
@@ -87,7 +95,7 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
         asdict(config),
         {"device": place.name, "dtype": place.precision, "tokens_per_step": tokens},
         {
-            "resolved": {resolved.name: resolved.to_tree() for resolved in presets},
+            "resolved": {name: resolved.to_tree() for name, resolved in zip(names, presets, strict=True)},
             "matmul": product,
             "rows": rows,
         },
@@ -109,7 +117,7 @@ def measure(bench: Bench, config: Config, product: float, build: float, talk: Ta
     raw: dict[str, list[float]] = {name: [] for name in sides}
     for name, side in sides.items():
         first[name] = clocked(side.step, device)
-        talk(f"{bench.resolved.name}, {name}: first step {first[name]:.3g} s, loss {side.losses[-1]:.4f}")
+        talk(f"{bench.name}, {name}: first step {first[name]:.3g} s, loss {side.losses[-1]:.4f}")
         for _ in range(WARM - 1):
             clocked(side.step, device)
     for _ in range(config.steps):
@@ -123,10 +131,10 @@ def measure(bench: Bench, config: Config, product: float, build: float, talk: Ta
         other["peak_bytes"] = _apart(sides, other["side"])
         rows[0]["ratio"] = other["step"]["median_ms"] / rows[0]["step"]["median_ms"]
         rows[0]["same_first_loss"] = agree(rows[0]["first_loss"], other["first_loss"], bench.place.precision)
-        other["architecture"] = sides[config.against].architecture
+        other["architecture"] = sides[other["side"]].architecture
     elif missing is not None:
         rows[0]["no_reference"] = missing
-        talk(f"{bench.resolved.name}: {config.against} has no such model: {missing}")
+        talk(f"{bench.name}: {config.against} has no such model: {missing}")
     return rows
 
 
@@ -157,8 +165,8 @@ def _row(bench: Bench, name: str, side: Any, times: Times, product: float) -> di
     supervised = sum(batch.supervised().values())
     mfu = None if place.peak is None else rate / place.peak
     row: dict[str, Any] = {
-        "name": f"{bench.resolved.name} {name}",
-        "preset": bench.resolved.name,
+        "name": f"{bench.name} {name}",
+        "preset": bench.name,
         "side": name,
         "parameters": plan.parameters,
         "rows": len(batch),

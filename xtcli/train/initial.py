@@ -22,9 +22,10 @@ from xtcli.config.preset import Resolved, load_preset
 from xtcli.convert.same import difference
 from xtcli.data.special import FILE
 from xtcli.data.tokenizers import File, Tokenizer
-from xtcli.errors import Problem, UserError, nearest
+from xtcli.errors import Problem, UserError, nearest, refuse
 from xtcli.model import find_checkpoint
 from xtcli.registry import Config, tree
+from xtcli.runs.folder import MANIFEST
 from xtcli.runs.tensors import load_weights
 from xtcli.train.lora import plain
 
@@ -61,7 +62,11 @@ class Fit:
 def settle(resolved: Resolved) -> Resolved:
     """The preset with `train.init` as the folder of a checkpoint and with the tokenizer that goes with it."""
     preset = resolved.preset
-    folder = find_checkpoint(preset.train.init or "").resolve()
+    path = Path(preset.train.init or "")
+    if (path / "config.json").is_file() and not (path / MANIFEST).exists():
+        remedy = f"convert it first: xt convert auto {path} FOLDER"
+        raise refuse(f"'{path}' is a checkpoint of transformers", remedy, place=resolved.place("train.init"))
+    folder = find_checkpoint(path).resolve()
     tokenizer = _tokenizer(resolved, folder)
     train = preset.train.model_copy(update={"init": str(folder)})
     return replace(resolved, preset=preset.model_copy(update={"train": train, "tokenizer": tokenizer}))

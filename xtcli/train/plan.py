@@ -30,6 +30,8 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 COPIES = 8
 """Bytes of the float32 copies that a loss makes of each output: its own and the gradient's."""
 
+CPU_ROOM = 2 * 2**30
+"""Bytes of activations beyond which a CPU gains nothing from larger micro-batches and pays for fresh pages."""
 WORKSPACE = 0.05
 """Share of memory that kernels, fragments and the allocator take beside what is counted."""
 
@@ -141,6 +143,8 @@ def make_plan(
     rows = len(batch.ids)
     if micro_batch is None:
         room = max(int(free * 0.9 - fixed), 0)
+        if device == "cpu":
+            room = min(room, CPU_ROOM)
         fits = max(1, min(rows, int(room / max(each * (1 + WORKSPACE), 1))))
         # Equal shares: 24 rows of which 10 fit go as 8 + 8 + 8.
         micro_batch = -(-rows // -(-rows // fits))

@@ -69,7 +69,8 @@ def new(
     with Stopper() as stopper:
         run = Run.create(
             resolved.name,
-            preset_yaml=job.resolved.to_yaml(),
+            # What was chosen by the memory that is free now must not be chosen anew when the run goes on.
+            preset_yaml=complete(job.resolved, micro_batch=job.plan.micro_batch).to_yaml(),
             command=command,
             environment=_environment(job),
             out=out,
