@@ -120,6 +120,8 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
             try:
                 found, out = _measure(case, name, config, seq, place, left / waiting, left)
                 row |= _rated(found, row, product["flop_per_s"])
+                # Kept in main memory, so that it does not count in the peak of the next.
+                out = out.cpu()
                 _check(row, out, outputs.setdefault((seq, case.name), out), config.dtype)
                 del out, row["skipped"]
             except Cannot as cannot:
@@ -171,6 +173,8 @@ def _measure(
     if device.type == "cpu" and seq > PROBE:
         _affordable(case, name, replace(shape, seq=PROBE), seq, place, dtype, max(share, 1.0))
     parts = 1 if config.forward_only else 2
+    # A GPU may still compile or choose a kernel in the second call.
+    on_cpu = device.type == "cpu"
     q, k, v, dy = cases.inputs(shape, device, dtype, config.seed)
     budget = min(share / (parts + 1), 2.0)
     found: dict[str, Any] = {}
@@ -181,8 +185,9 @@ def _measure(
             began = time.perf_counter()
             found["peak_bytes"], out = _peak(ready, (q, k, v, dy), device, config.forward_only)
             found["start_ms"] = (time.perf_counter() - began) * 1e3
-            with torch.no_grad():
-                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget, called=True)
+            # With gradients, as in training: without, a compiled kernel would be compiled once more.
+            with torch.set_grad_enabled(not config.forward_only):
+                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget, called=on_cpu)
             if not config.forward_only:
                 found["backward"] = _backward(ready, (q, k, v), dy, device, budget)
         except torch.OutOfMemoryError:
@@ -194,7 +199,8 @@ def _measure(
 
 def _backward(ready: Kernel, given: tuple[Tensor, ...], dy: Tensor, device: torch.device, budget: float) -> Times:
     out = ready.attend(*given)
-    return measure(lambda: torch.autograd.grad(out, given, dy, retain_graph=True), device, budget=budget, called=True)
+    on_cpu = device.type == "cpu"
+    return measure(lambda: torch.autograd.grad(out, given, dy, retain_graph=True), device, budget=budget, called=on_cpu)
 
 
 def _peak(

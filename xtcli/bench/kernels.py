@@ -36,7 +36,7 @@ PINNED: Mapping[str, tuple[SDPBackend, str]] = {
 """Name -> the kernel, and the word by which PyTorch's warnings speak of it."""
 
 GPU_ONLY = ("cudnn", "efficient", "flex")
-NAMES = ("fused", "flex", "cudnn", "flash", "efficient", "plain", "math")
+NAMES = ("fused", "cudnn", "flash", "efficient", "flex", "plain", "math")
 WRITTEN_OUT = ("math", "plain")
 """Kernels that store the scores of all pairs."""
 

@@ -84,6 +84,14 @@ class Trained:
         self.rate, self.count = ours.trainer.rate, 0
         self.call: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
 
+    def check(self) -> float:
+        """The loss of the first micro-batch without dropout."""
+        self.model.eval()
+        with torch.no_grad(), self.place.amp():
+            loss = float(self.model(**self.parts[0][0]).loss)
+        self.model.train()
+        return loss
+
     def step(self) -> None:
         """One optimizer step, as users of transformers write it."""
         for group in self.optimizer.param_groups:

@@ -182,7 +182,7 @@ def training_table(found: Mapping[str, Any]) -> None:
     show(columns, rows, _where(found) + f"; matrix product {product['flop_per_s'] / 1e12:.3g} TFLOP/s")
     for row in found["rows"]:
         if "ratio" in row:
-            same = "the same first loss" if row["same_first_loss"] else "ANOTHER first loss: not the same network"
+            same = "the same loss on the same weights" if row["same_loss"] else "ANOTHER loss: not the same network"
             print(f"{row['preset']}: {row['ratio']:.2f} x {found['config']['against']} (medians), {same}")
         if "no_reference" in row:
             print(f"{row['preset']}: not compared: {row['no_reference']}")

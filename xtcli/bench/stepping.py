@@ -66,6 +66,16 @@ class Bench:
         if self.trainer.step(self.batch):
             raise refuse(f"the loss of {self.name} is not finite", "lower train.lr")
 
+    def check(self) -> float:
+        """The loss of the first micro-batch without dropout: what tells whether two sides are one network."""
+        rows = self.batch.split(self.plan.micro_batch)[0]
+        self.model.eval()
+        with torch.no_grad(), self.place.amp():
+            terms = self.model.losses(rows.inputs, rows.targets).values()
+            total = sum(float(term.weight * term.sum) / int(term.count) for term in terms)
+        self.model.train()
+        return total
+
     @property
     def held(self) -> list[Tensor]:
         """Weights and optimizer state."""

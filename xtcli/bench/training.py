@@ -113,6 +113,7 @@ def measure(bench: Bench, config: Config, product: float, build: float, talk: Ta
             sides[config.against] = Trained(bench, compiled)
         except Unmatched as reason:
             missing = str(reason)
+    checks = [side.check() for side in sides.values()] if len(sides) > 1 else []
     first: dict[str, float] = {}
     raw: dict[str, list[float]] = {name: [] for name in sides}
     for name, side in sides.items():
@@ -130,7 +131,8 @@ def measure(bench: Bench, config: Config, product: float, build: float, talk: Ta
         other = rows[1]
         other["peak_bytes"] = _apart(sides, other["side"])
         rows[0]["ratio"] = other["step"]["median_ms"] / rows[0]["step"]["median_ms"]
-        rows[0]["same_first_loss"] = agree(rows[0]["first_loss"], other["first_loss"], bench.place.precision)
+        rows[0]["losses_without_dropout"] = checks
+        rows[0]["same_loss"] = agree(checks[0], checks[1], bench.place.precision)
         other["architecture"] = sides[other["side"]].architecture
     elif missing is not None:
         rows[0]["no_reference"] = missing
