@@ -62,7 +62,7 @@ def xt(models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_text_alone_on_stdout(xt: Any) -> None:
     run = xt("--ckpt", "gpt2-nano", "--prompt", "def ", "--max-tokens", 12, "--seed", 5)
     assert run.code == 0
-    assert run.talk[0].startswith("gpt2-nano: 141,056 parameters, fp32, on cpu (")
+    assert run.talk[0].startswith("gpt2-nano: 124,800 parameters, fp32, on cpu (")
     assert run.talk[0].endswith("; continues the prompt")
     assert run.talk[1] == "seed: 5"
     assert run.talk[2].startswith("prefill: 4 tokens in ") and "; decode: 11 tokens in " in run.talk[2]
