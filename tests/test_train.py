@@ -255,7 +255,7 @@ BAD = {
     "wrong device": (["gpt2-nano", "train.device=cuda"], "cuda"),
     "small vocabulary": (["gpt2-nano", "model.vocab=100", *QUICK, "data=good.txt"], "model.vocab"),
     "head missing": (
-        ["gpt2-nano", "objective={kind: mlm}", MARKED, "train.context=32", "data=good.txt"],
+        ["gpt2-nano", "objective={kind: mlm}", MARKED, "model.vocab=300", "train.context=32", "data=good.txt"],
         "the head 'mlm'",
     ),
 }
