@@ -45,6 +45,7 @@ PLACES = {
     "embed": ("embed",),
     "position": ("stack", "position"),
     "scaling": ("stack", "position", "scaling"),
+    "stack": ("stack",),
     "wiring": ("stack", "block", "wiring"),
     "mask": ("stack", "block", "sublayers", "attn", "mask"),
     "score": ("stack", "block", "sublayers", "attn", "score"),
@@ -77,7 +78,9 @@ def cases() -> list[Any]:
                 continue
             node = {"kind": kind, **example(cls.Config)}
             for causal in (True, False) if slot != "transform" else (True,):
-                found.append(pytest.param(causal, put(base(causal), path, node), id=f"{slot}-{kind}-{causal}"))
+                config = base(causal)
+                whole = {**config["stack"], **node} if slot == "stack" else node
+                found.append(pytest.param(causal, put(config, path, whole), id=f"{slot}-{kind}-{causal}"))
     extras = {
         "gqa": (("stack", "block", "sublayers", "attn", "kv_heads"), 2),
         "mqa": (("stack", "block", "sublayers", "attn", "kv_heads"), 1),

@@ -244,7 +244,7 @@ def settle(tree: dict[str, Any]) -> dict[str, Any]:
             full["kv_heads"] = full["kv_heads"] or full["heads"]
             full["head_dim"] = full["head_dim"] or tree["dim"] // full["heads"]
             full["out_bias"] = full["bias"] if full["out_bias"] is None else full["out_bias"]
-        if full.get("block") and "position" in full:
+        if "layers" in full and "position" in full:
             _place(full)
         return full
 
@@ -253,7 +253,8 @@ def settle(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _place(stack: dict[str, Any]) -> None:
     """State the one position of a stack's attentions both on the stack and on each of them, whichever had it."""
-    nodes = [node for node in stack["block"]["sublayers"].values() if "position" in node]
+    blocks = [stack["block"]] if stack.get("block") else list(stack["blocks"].values())
+    nodes = [node for block in blocks for node in block["sublayers"].values() if "position" in node]
     for node in nodes:
         if node["position"] == {"kind": "inherit"}:
             node["position"] = stack["position"]

@@ -9,7 +9,7 @@ slots of the caches and S counts all slots in use. States are written in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,24 @@ class State(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order; rows may repeat (beams)."""
+
+
+class Ledger:
+    """What parts leave for the graph besides x: router scores, memories, losses of their own.
+
+    An entry has a name and a number (that of the layer), and is written over when a block is computed again.
+    """
+
+    def __init__(self) -> None:
+        self.left: dict[str, dict[int, Tensor]] = {}
+
+    def leave(self, name: str, number: int, value: Tensor) -> None:
+        """Leave one tensor."""
+        self.left.setdefault(name, {})[number] = value
+
+    def read(self, name: str) -> Sequence[Tensor]:
+        """All tensors of a name, by number."""
+        return [value for _, value in sorted(self.left.get(name, {}).items())]
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,8 @@ class Ctx:
     memory: Tensor | None = None  # (B, M, D_m) encoder output
     memory_visible: Visible = field(default_factory=Visible)
     state: Any = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # inputs that only some parts read, by name
+    ledger: Ledger = field(default_factory=Ledger)
 
     def within(self, state: Any) -> Ctx:
         """This context with the state of one child."""

@@ -11,6 +11,7 @@ Absolute positions are a slot of their own:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -94,8 +95,28 @@ class SinusoidalPlaces(nn.Module):
 AbsoluteSlot = Annotated[Config, Slot("absolute")]
 
 
+class Embedding(nn.Module):
+    """What enters a tower. `reads` names the inputs of its own that it finds in `ctx.extras`.
+
+    `tokens` is the token table, None where it belongs to another part; `limit` the most places there are.
+    """
+
+    reads: tuple[str, ...] = ()
+    tokens: nn.Module | None
+    limit: int | None
+
+    def size(
+        self, ids: Tensor | None, vectors: Tensor | None, extras: Mapping[str, Tensor]
+    ) -> tuple[int, int, torch.device]:
+        """Rows and tokens that x will have, and where the inputs are."""
+        given = ids if ids is not None else vectors
+        if given is None:
+            raise ValueError("neither input_ids nor inputs_embeds were given")
+        return given.shape[0], given.shape[1], given.device
+
+
 @part("embed", "tokens")
-class Tokens(nn.Module):
+class Tokens(Embedding):
     """Token ids (or vectors given in their place), positions and segments, normed and dropped out.
 
     `shares` is True where the table belongs to another part and comes with the context.
@@ -123,7 +144,7 @@ class Tokens(nn.Module):
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
 
     @property
-    def limit(self) -> int | None:
+    def limit(self) -> int | None:  # type: ignore[override]
         """The most places there are, or None."""
         return self.positions.limit  # type: ignore[return-value]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli import registry
-from xtcli.parts.context import ModelState
+from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.heads import Head, Hidden, collect
 from xtcli.parts.init import Initialiser, NormalInit
@@ -24,7 +24,7 @@ from xtcli.parts.norms import LayerNorm, NormSlot
 from xtcli.parts.outputs import Output, Term
 from xtcli.parts.pooled import Pooler, PoolerConfig, refuse_without_pooler
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.stack import Block, Stack, StackConfig
+from xtcli.parts.stack import Block, StackSlot
 from xtcli.parts.tower import Tower
 from xtcli.registry import Config, Kinds, Slot, field, part, part_of
 
@@ -107,6 +107,25 @@ class Graph(nn.Module):
         drawn: Initialiser = part_of(self.config.init)(self.config.init, sublayers)
         drawn.draw(self, self.config.dim, seed)
 
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """Inputs beyond the common ones that parts of this model read, by the field's names."""
+        return tuple(sorted({name for module in self.modules() for name in getattr(module, "reads", ())}))
+
+    def check_extras(self, extras: Mapping[str, Any]) -> None:
+        """Raises TypeError for inputs that no part reads."""
+        unread = sorted(set(extras) - set(self.accepts))
+        if unread:
+            also = f"; besides the common ones it reads {', '.join(self.accepts)}" if self.accepts else ""
+            raise TypeError(f"this architecture has no input {', '.join(unread)}{also}")
+
+    def parted(self, extras: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What was given by name, as labels of heads and as inputs of parts."""
+        given = {name: value for name, value in extras.items() if value is not None}
+        wanted = {name for head in self.heads.values() for name in (head.label, *head.more_labels)}  # type: ignore[misc]
+        labels = {name: value for name, value in given.items() if name in wanted}
+        return labels, {name: value for name, value in given.items() if name not in wanted}
+
     def answer(self, hidden: Hidden, labels: Mapping[str, Tensor | None]) -> Output:
         """Loss and outputs of all heads."""
         heads: Any = self.heads
@@ -136,7 +155,7 @@ class OneStack(Graph, Tower):
         """A model of one stack."""
 
         embed: EmbedSlot = field("what enters", Tokens.Config())
-        stack: StackConfig = field("the blocks")
+        stack: StackSlot = field("the blocks")
         pooler: PoolerConfig | None = field("a vector for the whole text, from its first state", None)
         memory: int | None = field("width of an encoder's memory that cross-attention reads", None, gt=0, tiny=64)
 
@@ -146,16 +165,17 @@ class OneStack(Graph, Tower):
         if config.memory is not None:
             scope = scope.at("", memory=config.memory)
         self.embed = scope.make("embed", config.embed)
-        self.stack = Stack(config.stack, scope.at("stack"))
-        self.pooler = None if config.pooler is None else Pooler(config.pooler, scope)
-        self.heads = self.make_heads(scope, self.pooler is not None)
+        self.stack = scope.make("stack", config.stack)
+        above = scope.at("", dim=getattr(self.stack, "width", scope.dim), table=getattr(self.embed, "width", None))
+        self.pooler = None if config.pooler is None else Pooler(config.pooler, above)
+        self.heads = self.make_heads(above, self.pooler is not None)
         scope.settle()
 
     def new_state(self, batch: int, capacity: int, device: Any = None, dtype: Any = None) -> ModelState:
         """An empty state for `capacity` tokens, on the model's device and in its type unless said."""
         return Tower.new_state(self, batch, capacity, device or self.device, dtype or self.dtype)
 
-    def hidden(  # type: ignore[override]
+    def hidden(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -168,8 +188,10 @@ class OneStack(Graph, Tower):
         state: ModelState | None = None,
         trace: list[Tensor] | None = None,
         mc_token_ids: Tensor | None = None,
+        **extras: Tensor,
     ) -> Hidden:
         """Run embedding and stack; inputs as in `forward`."""
+        self.check_extras(extras)
         choices = None
         rows = input_ids if input_ids is not None else inputs_embeds
         if rows is not None and rows.dim() == (3 if input_ids is not None else 4):
@@ -179,6 +201,7 @@ class OneStack(Graph, Tower):
                 value.flatten(0, 1) if value is not None and value.dim() == 3 else value
                 for value in (input_ids, attention_mask, token_type_ids, position_ids)
             )
+        ledger = Ledger()
         states, keep = Tower.forward(
             self,
             input_ids,
@@ -191,9 +214,13 @@ class OneStack(Graph, Tower):
             memory_mask=encoder_attention_mask,
             state=state,
             trace=trace,
+            extras=extras,
+            ledger=ledger,
         )
         pooled = None if self.pooler is None else self.pooler(states)
-        return Hidden(states, self.table(), pooled, input_ids, keep, choices, mc_token_ids)
+        return Hidden(
+            states, self.table(), pooled, input_ids, keep, choices, mc_token_ids, extras=extras, ledger=ledger
+        )
 
     def forward(  # type: ignore[override]
         self,
@@ -214,6 +241,7 @@ class OneStack(Graph, Tower):
         encoder_attention_mask: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
+        **extras: Tensor | None,
     ) -> Output:
         """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
 
@@ -222,7 +250,9 @@ class OneStack(Graph, Tower):
         other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
         causal model. state: from `new_state`; then attention_mask covers past and new tokens.
         Without encoder_hidden_states, cross-attention is passed over and the decoder runs alone.
+        extras: inputs that only some architectures read (`self.accepts`); labels of heads by their own names.
         """
+        labels_by_name, given = self.parted(extras)
         trace: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.hidden(
             input_ids,
@@ -236,6 +266,7 @@ class OneStack(Graph, Tower):
             state,
             trace,
             mc_token_ids,
+            **given,
         )
         labelled = {
             "labels": labels,
@@ -243,6 +274,7 @@ class OneStack(Graph, Tower):
             "next_sentence_label": next_sentence_label,
             "start_positions": start_positions,
             "end_positions": end_positions,
+            **labels_by_name,
         }
         out = self.answer(hidden, labelled)
         out["last_hidden_state"] = hidden.grouped(hidden.states)

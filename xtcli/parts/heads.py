@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
+from xtcli.parts.context import Ledger
 from xtcli.parts.linear import Linear
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
@@ -32,7 +33,8 @@ class Hidden:
     """What heads read: states (B, T, D), the pooled vector, the token table and the inputs.
 
     `choices` is set where the rows are texts among which one is chosen: B = questions x choices. `picks` (B,)
-    are places that the caller chose, `source` (B, S) the ids that an encoder read before this decoder.
+    are places that the caller chose, `source` (B, S) the ids that an encoder read before this decoder. `extras` are
+    the inputs that only some parts read, `ledger` what parts left besides the states.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Hidden:
         choices: int | None = None,
         picks: Tensor | None = None,
         source: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.states, self.table, self.pooled, self.ids = states, table, pooled, ids
         self.keep, self.choices, self.picks, self.source = keep, choices, picks, source
+        self.extras, self.ledger = extras or {}, ledger or Ledger()
 
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows (B, ...) as (questions, choices, ...) where there are choices."""
@@ -61,6 +66,7 @@ class Head(nn.Module):
     """`forward` gives named outputs, `loss` a term, `targets` finds the head's targets among the labels."""
 
     label = "labels"
+    more_labels: tuple[str, ...] = ()  # labels beside it that `targets` reads
     share = 1.0  # of this head in the loss
     loss_name = "loss"
     sparse = False  # whether only supervised positions are computed in training

@@ -41,6 +41,7 @@ class Scope:
     dropout: float
     position: Config | None = None  # what attentions of this stack inherit
     pad: int | None = None
+    table: int | None = None  # width of the token table's rows, where it differs from dim
     memory: int | None = None  # width of the encoder memory that cross-attention reads
     layer: int = 0
     path: str = "model"

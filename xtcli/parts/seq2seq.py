@@ -6,19 +6,20 @@ decoder's inputs, which are the labels moved one place to the right behind the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xtcli.parts.context import ModelState
+from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import EmbedSlot, Graph
 from xtcli.parts.heads import Hidden
 from xtcli.parts.linear import Table
 from xtcli.parts.outputs import IGNORE, Output
 from xtcli.parts.scope import Scope
-from xtcli.parts.stack import StackConfig
+from xtcli.parts.stack import StackSlot
 from xtcli.parts.tower import Tower
 from xtcli.registry import Config, field, part
 
@@ -27,7 +28,7 @@ class TowerConfig(Config):
     """One side: an embedding and a stack."""
 
     embed: EmbedSlot = field("what enters", Tokens.Config())
-    stack: StackConfig = field("the blocks")
+    stack: StackSlot = field("the blocks")
 
 
 @part("graph", "encoder-decoder")
@@ -77,10 +78,19 @@ class EncoderDecoder(Graph):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         trace: list[Tensor] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        ledger: Ledger | None = None,
     ) -> Tensor:
         """Source ids (B, S) -> memory (B, S, D)."""
-        table = self.shared_table()
-        states, _ = self.encoder(input_ids, inputs_embeds, mask=attention_mask, table=table, trace=trace)
+        states, _ = self.encoder(
+            input_ids,
+            inputs_embeds,
+            mask=attention_mask,
+            table=self.shared_table(),
+            trace=trace,
+            extras=extras,
+            ledger=ledger,
+        )
         return states  # type: ignore[no-any-return]
 
     def decode(
@@ -93,11 +103,14 @@ class EncoderDecoder(Graph):
         decoder_inputs_embeds: Tensor | None = None,
         trace: list[Tensor] | None = None,
         source: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        ledger: Ledger | None = None,
     ) -> Hidden:
         """Target ids (B, T) and the memory -> what the heads read; `attention_mask` (B, S) is the source's.
 
         `source` are the ids (B, S) that the memory was made of, for the heads that read the state at their end.
         """
+        ledger = ledger or Ledger()
         states, keep = self.decoder(
             decoder_input_ids,
             decoder_inputs_embeds,
@@ -107,8 +120,12 @@ class EncoderDecoder(Graph):
             memory_mask=attention_mask,
             state=state,
             trace=trace,
+            extras=extras,
+            ledger=ledger,
         )
-        return Hidden(states, self.output_table(), None, decoder_input_ids, keep, source=source)
+        return Hidden(
+            states, self.output_table(), None, decoder_input_ids, keep, source=source, extras=extras, ledger=ledger
+        )
 
     def hidden(  # type: ignore[override]
         self,
@@ -116,10 +133,22 @@ class EncoderDecoder(Graph):
         decoder_input_ids: Tensor,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        **extras: Tensor,
     ) -> Hidden:
         """Both sides at once, for training."""
-        memory = self.encode(input_ids, attention_mask)
-        return self.decode(decoder_input_ids, memory, attention_mask, None, decoder_attention_mask, source=input_ids)
+        self.check_extras(extras)
+        ledger = Ledger()
+        memory = self.encode(input_ids, attention_mask, extras=extras, ledger=ledger)
+        return self.decode(
+            decoder_input_ids,
+            memory,
+            attention_mask,
+            None,
+            decoder_attention_mask,
+            source=input_ids,
+            extras=extras,
+            ledger=ledger,
+        )
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Decoder inputs (B, T) from labels (or the source): the start token in front, the last one dropped,
@@ -144,6 +173,7 @@ class EncoderDecoder(Graph):
         end_positions: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
+        **extras: Tensor | None,
     ) -> Output:
         """Source and target -> loss, logits (B, T, V), last_hidden_state, encoder_last_hidden_state.
 
@@ -151,10 +181,13 @@ class EncoderDecoder(Graph):
         Without decoder inputs the labels, moved one place to the right, are decoded; heads that label texts
         decode the source in the same way.
         """
+        labels_by_name, given = self.parted(extras)
+        self.check_extras(given)
+        ledger = Ledger()
         source_trace: list[Tensor] | None = [] if output_hidden_states else None
         target_trace: list[Tensor] | None = [] if output_hidden_states else None
         if encoder_outputs is None:
-            memory = self.encode(input_ids, attention_mask, inputs_embeds, source_trace)
+            memory = self.encode(input_ids, attention_mask, inputs_embeds, source_trace, given, ledger)
         else:
             memory = encoder_outputs if isinstance(encoder_outputs, Tensor) else encoder_outputs[0]
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -171,8 +204,11 @@ class EncoderDecoder(Graph):
             decoder_inputs_embeds,
             target_trace,
             input_ids,
+            given,
+            ledger,
         )
         labelled = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
+        labelled |= labels_by_name
         out = self.answer(hidden, labelled)
         out["last_hidden_state"] = hidden.states
         out["encoder_last_hidden_state"] = memory

@@ -20,9 +20,12 @@ from xtcli.parts.positions import PositionSlot
 from xtcli.parts.scope import Scope
 from xtcli.parts.shared import Shared
 from xtcli.parts.wiring import PreNorm, WiringSlot
-from xtcli.registry import Config, Slot, field
+from xtcli.registry import Config, Slot, field, part
 
-SublayerName = Literal["pre_ffn", "attn", "cross", "mixer", "conv", "ffn"]
+SublayerName = Literal[
+    "pre_ffn", "attn", "attn_2", "cross", "cross_2", "mixer", "mixer_2", "conv",
+    "ffn", "ffn_2", "ffn_3", "ffn_4", "ffn_5", "ffn_6", "ffn_7", "ffn_8",
+]  # fmt: skip
 
 
 class BlockConfig(Config):
@@ -32,10 +35,10 @@ class BlockConfig(Config):
     sublayers: dict[SublayerName, Annotated[Config, Slot("sublayer")]] = field("in the order they run", min_length=1)
 
 
-class StackConfig(Config):
-    """A stack of blocks."""
+class Layers(Config):
+    """Which block stands in which layer, and what the stack does around them."""
 
-    layers: int = field("number of blocks", gt=0, tiny=2)
+    layers: int = field("number of blocks", gt=0, tiny=2, example=2)
     block: BlockConfig | None = field("the block that all layers repeat", None)
     blocks: dict[str, BlockConfig] | None = field("several blocks by name, placed by `pattern`", None)
     pattern: Annotated[tuple[str, ...], Strict(False)] | None = field(
@@ -106,11 +109,16 @@ class Block(nn.Module):
         return self.wiring(x, self.sublayers, ctx)  # type: ignore[no-any-return]
 
 
+@part("stack", "blocks")
 class Stack(nn.Module):
-    """Blocks in order, then a norm."""
+    """Blocks in order, then a norm. `width` is that of what comes out."""
 
-    def __init__(self, config: StackConfig, scope: Scope) -> None:
+    class Config(Layers):
+        """Blocks in order, then a norm."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.width = scope.dim
         self.shared = Shared()
         inner = scope.at("", shared=self.shared, position=config.position)
         self.blocks = nn.ModuleList()
@@ -136,3 +144,6 @@ class Stack(nn.Module):
         if trace is not None:
             trace.append(x)
         return x
+
+
+StackSlot = Annotated[Config, Slot("stack", default="blocks")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from xtcli.errors import refuse
 from xtcli.parts import masks
-from xtcli.parts.context import Ctx, ModelState
+from xtcli.parts.context import Ctx, Ledger, ModelState
 from xtcli.parts.scope import Scope
-from xtcli.parts.stack import Stack, StackConfig
 from xtcli.registry import Config
 
 
@@ -19,12 +19,12 @@ class Tower(nn.Module):
     """An embedding and a stack, and the bookkeeping of places, padding and state between them."""
 
     embed: nn.Module
-    stack: Stack
+    stack: nn.Module
 
-    def __init__(self, embed: Config, stack: StackConfig, scope: Scope, shares: bool = False) -> None:
+    def __init__(self, embed: Config, stack: Config, scope: Scope, shares: bool = False) -> None:
         super().__init__()
         self.embed = scope.make("embed", embed, shares)
-        self.stack = Stack(stack, scope.at("stack"))
+        self.stack = scope.make("stack", stack)
 
     @property
     def limit(self) -> int | None:
@@ -41,7 +41,7 @@ class Tower(nn.Module):
         if self.limit is not None and capacity > self.limit:
             raise refuse(f"{capacity} tokens do not fit into {self.limit} positions", "ask for fewer tokens")
         return ModelState(
-            self.stack.new_state(batch, capacity, device, dtype),
+            self.stack.new_state(batch, capacity, device, dtype),  # type: ignore[operator]
             torch.zeros(batch, capacity, dtype=torch.long, device=device),
             torch.ones(batch, capacity, dtype=torch.bool, device=device),
         )
@@ -60,21 +60,21 @@ class Tower(nn.Module):
         memory_mask: Tensor | None = None,
         state: ModelState | None = None,
         trace: list[Tensor] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        ledger: Ledger | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids (B, T) -> states (B, T, D), and which of the B x T tokens are real (None: all)."""
-        given = ids if ids is not None else vectors
-        if given is None:
-            raise ValueError("neither input_ids nor inputs_embeds were given")
-        batch, length = given.shape[:2]
+        extras = extras or {}
+        batch, length, device = self.embed.size(ids, vectors, extras)  # type: ignore[operator]
         offset = 0 if state is None else state.length
         end = offset + length
         if places is None:
             if self.limit is not None and end > self.limit:
                 raise refuse(f"the text has {end} tokens, the model's positions end at {self.limit}", "shorten it")
-            places = torch.arange(offset, end, device=given.device)[None, :]
+            places = torch.arange(offset, end, device=device)[None, :]
         elif places.dim() == 1:
             places = places[None, :]
-        keep = None if mask is None else mask.to(device=given.device, dtype=torch.bool)
+        keep = None if mask is None else mask.to(device=device, dtype=torch.bool)
         if keep is not None and bool(keep.all()):
             keep = None
         if keep is not None and keep.shape != (batch, end):
@@ -98,6 +98,8 @@ class Tower(nn.Module):
             memory=memory,
             memory_visible=masks.keys_only(None if memory_mask is None else memory_mask.bool()),
             state=None if state is None else state.blocks,
+            extras=extras,
+            ledger=ledger or Ledger(),
         )
         x = self.stack(self.embed(ids, vectors, segments, ctx), ctx, trace)
         if state is not None:
