@@ -22,7 +22,6 @@ from xtcli.bench.cases import Case, Shape
 from xtcli.bench.kernels import Cannot, Kernel
 from xtcli.bench.timing import Times, clocked, matmul_rate, measure, peak_bytes, release
 from xtcli.errors import refuse
-from xtcli.registry import part_of
 from xtcli.train.device import DTYPES, Place
 
 Talk = Callable[[str], None]
@@ -31,6 +30,9 @@ PROBE = 512
 
 WRONG = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
 """Largest difference between two kernels' outputs that rounding explains."""
+
+
+ONCE = "1 repeat, the first call: its share of the time has room for no other"
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,8 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     product = matmul_rate(place.device, dtype, budget=min(3.0, config.limit / 20))
     release(place.device)
     rows: list[dict[str, Any]] = []
-    # What only one kernel can do comes before what others have shown already.
-    rare = sorted(wanted, key=lambda case: part_of(case.score).fused)
-    order = [(seq, case, name) for seq in config.seq for name in config.kernels for case in rare]
+    # Kernels of one case follow one another, so that its mask is made once.
+    order = [(seq, case, name) for seq in config.seq for case in wanted for name in config.kernels]
     waiting = sum(kernels.never(name, case, place.device) is None for _, case, name in order)
     outputs: dict[tuple[int, str], Tensor] = {}
     with warnings.catch_warnings():
@@ -168,32 +169,47 @@ def _measure(
     if left <= 0:
         raise Cannot("no time left; raise --limit, or name fewer with --mask")
     release(device)
-    free = int(place.free() * 0.85)
-    ready = kernels.make(name, case, shape, device, dtype, free)
+    ready = kernels.make(name, case, shape, device, dtype, int(place.free() * 0.85))
     if device.type == "cpu" and seq > PROBE:
         _affordable(case, name, replace(shape, seq=PROBE), seq, place, dtype, max(share, 1.0))
+    given = cases.inputs(shape, device, dtype, config.seed)
+    while True:
+        with warnings.catch_warnings(record=True) as heard, ready.context():
+            warnings.simplefilter("always")
+            try:
+                return _timed(ready, given, config, device, share)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                if ready.smaller is None:
+                    raise Cannot(kernels.reason(name, error, list(heard))) from None
+        ready = ready.smaller()
+
+
+def _timed(
+    ready: Kernel, given: tuple[Tensor, ...], config: Config, device: torch.device, share: float
+) -> tuple[dict[str, Any], Tensor]:
+    """The times and peak memory of a kernel that is ready, and its output."""
+    q, k, v, dy = given
     parts = 1 if config.forward_only else 2
     # A GPU may still compile or choose a kernel in the second call.
     on_cpu = device.type == "cpu"
-    q, k, v, dy = cases.inputs(shape, device, dtype, config.seed)
-    budget = min(share / (parts + 1), 2.0)
     found: dict[str, Any] = {}
-    with warnings.catch_warnings(record=True) as heard, ready.context():
-        warnings.simplefilter("always")
-        try:
-            # The call that shows memory and output is also the one that compiles.
-            began = time.perf_counter()
-            found["peak_bytes"], out = _peak(ready, (q, k, v, dy), device, config.forward_only)
-            found["start_ms"] = (time.perf_counter() - began) * 1e3
-            # With gradients, as in training: without, a compiled kernel would be compiled once more.
-            with torch.set_grad_enabled(not config.forward_only):
-                found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget, called=on_cpu)
-            if not config.forward_only:
-                found["backward"] = _backward(ready, (q, k, v), dy, device, budget)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            raise Cannot(kernels.reason(name, error, list(heard))) from None
+    # The call that shows memory and output is also the one that compiles.
+    began = time.perf_counter()
+    found["peak_bytes"], out, once = _peak(ready, given, device, config.forward_only)
+    spent = time.perf_counter() - began
+    found["start_ms"] = spent * 1e3
+    if on_cpu and spent > share / 2:
+        # No time for a second call; nothing compiles on a CPU, so the first is as good.
+        return found | {part: Times((seconds,), seconds, 0, ONCE) for part, seconds in once.items()}, out
+    # What the first call left of this case's share; the backward pass needs a forward pass before it.
+    budget = min(max(share - (spent if on_cpu else 0.0), 0.0) / (parts + 1), 2.0)
+    # With gradients, as in training: without, a compiled kernel would be compiled once more.
+    with torch.set_grad_enabled(not config.forward_only):
+        found["forward"] = measure(lambda: ready.attend(q, k, v), device, budget=budget, called=on_cpu)
+    if not config.forward_only:
+        found["backward"] = _backward(ready, (q, k, v), dy, device, budget)
     return found, out
 
 
@@ -205,21 +221,22 @@ def _backward(ready: Kernel, given: tuple[Tensor, ...], dy: Tensor, device: torc
 
 def _peak(
     ready: Kernel, given: tuple[Tensor, ...], device: torch.device, forward_only: bool
-) -> tuple[int | None, Tensor]:
-    """Peak bytes of forward and backward together, and the output."""
+) -> tuple[int | None, Tensor, dict[str, float]]:
+    """Peak bytes of forward and backward together, the output, and the seconds of each."""
     q, k, v, dy = given
     made: list[Tensor] = []
+    seconds: dict[str, float] = {}
 
     def once() -> None:
-        made.append(ready.attend(q, k, v))
+        seconds["forward"] = clocked(lambda: made.append(ready.attend(q, k, v)), device)
         if not forward_only:
-            torch.autograd.grad(made[0], (q, k, v), dy)
+            seconds["backward"] = clocked(lambda: torch.autograd.grad(made[0], (q, k, v), dy), device)
 
     with torch.set_grad_enabled(not forward_only):
         found = peak_bytes(once, device, given)
     if found is not None and device.type == "cpu":
         found += ready.masks
-    return found, made[0].detach()
+    return found, made[0].detach(), seconds
 
 
 def _affordable(case: Case, name: str, shape: Shape, seq: int, place: Place, dtype: torch.dtype, share: float) -> None:

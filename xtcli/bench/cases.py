@@ -163,11 +163,21 @@ def _bias(case: Case, shape: Shape, ctx: Ctx, queries: int) -> Tensor:
 
 
 def visible(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Visible:
-    """What the kernels of ours are handed; a bias is a constant here, without a gradient."""
+    """What the kernels of ours are handed; a bias is a constant here, without a gradient.
+
+    On the CPU, where it takes seconds, the last two are kept: a case's and its probe's.
+    """
+    return (_kept if device.type == "cpu" else _made)(case, shape, device, dtype)
+
+
+def _made(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Visible:
     places = torch.arange(shape.seq, device=device)[None, :]
     ctx = Ctx(positions=places, keys=places)
     bias = None if case.position is None else _bias(case, shape, ctx, shape.seq).to(dtype)
     return masks.render(case.rule, ctx, shape.seq, bias, False)
+
+
+_kept = lru_cache(maxsize=2)(_made)
 
 
 def bias_by_distance(case: Case, shape: Shape, device: torch.device) -> Tensor | None:

@@ -54,11 +54,13 @@ class Cannot(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A ready attention, the context to call it in, and bytes of masks and biases that it reads."""
+    """A ready attention, the context to call it in, bytes of masks and biases that it reads, and what to try instead
+    where its tiles do not fit into the GPU's shared memory."""
 
     attend: Attend
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     masks: int = 0
+    smaller: Callable[[], Kernel] | None = None
 
 
 def never(name: str, case: Case, device: torch.device) -> str | None:
@@ -112,7 +114,13 @@ def _needed(name: str, case: Case, shape: Shape, dtype: torch.dtype) -> int:
     return stored
 
 
-def _flex(case: Case, shape: Shape, device: torch.device) -> Kernel:
+SMALL_TILES = {
+    "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_stages": 1
+}  # fmt: skip
+"""FlexAttention's tiles where a bias that it reads leaves no room for its usual ones."""
+
+
+def _flex(case: Case, shape: Shape, device: torch.device, tiles: Mapping[str, int] | None = None) -> Kernel:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     kind = part_of(case.score)
@@ -147,10 +155,12 @@ def _flex(case: Case, shape: Shape, device: torch.device) -> Kernel:
             block_mask=blocks,
             scale=scale(shape),
             enable_gqa=q.shape[1] != k.shape[1],
+            kernel_options=None if tiles is None else dict(tiles),
         )
         return out
 
-    return Kernel(attend)
+    smaller = (lambda: _flex(case, shape, device, SMALL_TILES)) if tiles is None else None
+    return Kernel(attend, smaller=smaller)
 
 
 def reason(name: str, error: Exception, heard: list[warnings.WarningMessage]) -> str:
