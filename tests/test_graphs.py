@@ -61,6 +61,7 @@ def ids(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
 
 LABELS = {
     "lm": {"labels": ids()},
+    "continuous": {"labels": torch.ones(2, 11, 32)},
     "mlm": {"labels": torch.where(ids() % 3 == 0, ids(), -100)},
     "nsp": {"next_sentence_label": torch.tensor([0, 1])},
     "sequence": {"labels": torch.tensor([0, 1])},

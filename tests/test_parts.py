@@ -15,6 +15,7 @@ import yaml
 
 from xtcli.model import construct
 from xtcli.parts.graphs import Graph
+from xtcli.parts.scope import Refused
 from xtcli.registry import example, find, kinds, tree
 from xtcli.train.transforms import compile_blocks
 
@@ -27,6 +28,7 @@ def base(causal: bool) -> dict[str, Any]:
         "vocab": VOCAB,
         "dim": 64,
         "context": 32,
+        "pad": VOCAB - 1,
         "embed": {"kind": "tokens", "positions": "learned"},
         "stack": {
             "layers": 2,
@@ -46,9 +48,11 @@ PLACES = {
     "position": ("stack", "position"),
     "scaling": ("stack", "position", "scaling"),
     "stack": ("stack",),
+    "order": ("stack", "order"),
     "wiring": ("stack", "block", "wiring"),
     "mask": ("stack", "block", "sublayers", "attn", "mask"),
     "score": ("stack", "block", "sublayers", "attn", "score"),
+    "out": ("stack", "block", "sublayers", "attn", "out"),
     "ffn": ("stack", "block", "sublayers", "ffn"),
     "mixer": ("stack", "block", "sublayers", "attn"),
     "transform": ("heads", "lm", "transform"),
@@ -70,11 +74,16 @@ def put(config: dict[str, Any], path: tuple[str, ...], node: Any) -> dict[str, A
     return config
 
 
+def reads_tokens(embed: type[Any]) -> bool:
+    """Whether tokens enter; embeddings of other inputs have tables of their own."""
+    return getattr(embed, "tokens", ...) is not None
+
+
 def cases() -> list[Any]:
     found = []
     for slot, path in PLACES.items():
         for kind, cls in kinds(slot).items():
-            if (slot, kind) == ("norm", "inherit"):
+            if (slot, kind) == ("norm", "inherit") or (slot == "embed" and not reads_tokens(cls)):
                 continue
             node = {"kind": kind, **example(cls.Config)}
             for causal in (True, False) if slot != "transform" else (True,):
@@ -88,9 +97,11 @@ def cases() -> list[Any]:
         "qk-norm": (("stack", "block", "sublayers", "attn", "qk_norm"), "rms"),
         "depth-scale": (("stack", "block", "sublayers", "attn", "scale_by_depth"), True),
         "key-term": (("stack", "position"), {"kind": "shaw", "distance": 5, "key_term": True}),
+        "persistent-keys": (("stack", "block", "sublayers", "attn", "memory"), 3),
         "interleaved": (("stack", "position"), {"kind": "rotary", "layout": "interleaved", "fraction": 0.5}),
         "offset": (("embed", "positions"), {"kind": "learned", "offset": 2}),
         "segments": (("embed", "segments"), 2),
+        "memory-tokens": (("memory_tokens",), 5),
         "token-segments": (("embed", "segments"), "tokens"),
         "pattern": (
             ("stack",),
@@ -126,7 +137,14 @@ def make(causal: bool, config: dict[str, Any], seed: int = 0) -> Graph:
     if attn.get("kind") == "cross-attention":
         config["memory"] = 48
     cls = find("graph", "decoder" if causal else "encoder")
-    model = construct(cls.Config.model_validate(config)).to_empty(device="cpu")
+    try:
+        skeleton = construct(cls.Config.model_validate(config))
+    except Refused as refused:
+        only_both_ways = causal and all("sees both ways" in problem.cause for problem in refused.problems)
+        if not only_both_ways:
+            raise
+        pytest.skip(str(refused))
+    model = skeleton.to_empty(device="cpu")
     model.initialise(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -184,12 +202,14 @@ def test_gradient_reaches_every_parameter(causal: bool, config: dict[str, Any]) 
     given = inputs(model)
     if model.config.embed.segments is not None:
         given["token_type_ids"] = given["input_ids"] % 2
+    if "global_attention_mask" in model.accepts:
+        given["global_attention_mask"] = given["input_ids"] % 5 == 0
     head = next(iter(model.heads))
     terms = model.losses(given, {head: given["input_ids"].roll(-1, 1)})
     terms[head].mean().backward()
     bare = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # The key bias adds the same to every score of a query, which a softmax cannot see.
-    assert not [name for name in bare if not name.endswith("attn.k.bias")], bare
+    assert not [name for name in bare if not name.endswith(("attn.k.bias", "attn.k_global.bias"))], bare
 
 
 @pytest.mark.parametrize(("causal", "config"), [c for c in CASES if c.values[0] and is_causal(c.values[1])])
@@ -242,7 +262,7 @@ def test_padding_on_the_right_changes_nothing(causal: bool, config: dict[str, An
     padded = model(**given, attention_mask=mask).last_hidden_state[:, :13]
     if length_dependent(model):
         pytest.skip("the angles depend on the padded length by definition")
-    torch.testing.assert_close(padded, model(**short).last_hidden_state, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(padded, model(**short).last_hidden_state, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("causal", "config"), CASES)
@@ -258,7 +278,7 @@ def test_packed_documents_are_alone(causal: bool, config: dict[str, Any]) -> Non
         pytest.skip("the angles depend on the packed length by definition")
     for part, first, last in ((packed[:, :cut], 0, cut), (packed[:, cut:], cut, LENGTH)):
         alone = model(input_ids=ids[:, first:last], **given).last_hidden_state
-        torch.testing.assert_close(part, alone, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(part, alone, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("causal", "config"), [c for c in CASES if c.values[0]])

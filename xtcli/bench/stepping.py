@@ -21,6 +21,7 @@ from xtcli.errors import Problem, UserError, refuse
 from xtcli.inspect.cost import usual_length
 from xtcli.model import Model, skeleton
 from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import SPEAKING
 from xtcli.train.device import Place
 from xtcli.train.job import Job, complete, with_weights
 from xtcli.train.loop import Trainer
@@ -99,7 +100,8 @@ def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:
         following = np.concatenate([ids[:, 1:], np.full((rows, 1), IGNORE)], 1)
     masked = np.where(rng.random((rows, length)) < MASKED, ids, IGNORE)
     masked[:, 0] = ids[:, 0]
-    known = {"lm": following if model.causal else masked, "mlm": masked, "nsp": rng.integers(0, 2, (rows,))}
+    spoken = dict.fromkeys(SPEAKING, following if model.causal else masked)
+    known = {**spoken, "mlm": masked, "nsp": rng.integers(0, 2, (rows,))}
     targets = {name: known[name] for name in model.heads if name in known}
     if not targets:
         have = ", ".join(model.heads) or "none"

@@ -57,4 +57,5 @@ def command(
     elif report.to == "xt":
         print(f"next: xt generate --ckpt {dst}", file=sys.stderr)
     else:
-        print(f"next: transformers.{report.architecture}.from_pretrained({str(dst)!r})", file=sys.stderr)
+        for name, architecture in (report.members or {"": report.architecture}).items():
+            print(f"next: transformers.{architecture}.from_pretrained({str(Path(dst) / name)!r})", file=sys.stderr)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from xtcli.data.tokenizers import Tokenizer
+    from xtcli.generate.label import Said
     from xtcli.generate.options import Answer, Options
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -138,7 +139,11 @@ def command(
     )
     prompts = prompts_of(prompt or [], prompt_file or [])
     generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
-    if generation.task == "label":
+    if generation.looks_through(prompts):
+        if context is not None:
+            raise refuse("is for models that read two texts", "leave it out", place="--context")
+        generation.detect(prompts, fill_top, as_json)
+    elif generation.task == "label":
         generation.label(prompts, second_text(context), fill_top, as_json)
     elif context is not None:
         raise refuse("is for models that label texts", f"this one {TASKS[generation.task]}", place="--context")
@@ -209,13 +214,32 @@ class _Generation:
                 show.lens(row, self.tokenizer)
         self._report(answer, options, prompts)
 
+    def looks_through(self, prompts: list[str]) -> bool:
+        """Whether the tokens of the prompts are labelled as replaced or original."""
+        from xtcli.generate.detect import detects
+
+        found = detects(self.model, self.tokenizer, prompts)
+        if found and self.task == "fill":
+            talk("the prompt has no mask to fill: telling which tokens look replaced")
+        return found
+
     def label(self, prompts: list[str], second: str | None, top: int, as_json: bool) -> None:
         """Label the prompts, print, and say what is useful next."""
-        from xtcli.generate import said, show
         from xtcli.generate.label import label
 
+        self.say(label(self.model, self.tokenizer, self.preset, prompts, second), top, as_json)
+
+    def detect(self, prompts: list[str], top: int, as_json: bool) -> None:
+        """Label the tokens of the prompts as replaced or original, and print."""
+        from xtcli.generate.detect import detect
+
+        self.say(detect(self.model, self.tokenizer, prompts), top, as_json)
+
+    def say(self, answer: Said, top: int, as_json: bool) -> None:
+        """Print labels, and say what is useful next."""
+        from xtcli.generate import said, show
+
         show.use_utf8()
-        answer = label(self.model, self.tokenizer, self.preset, prompts, second)
         if as_json:
             print(json.dumps(said.document(answer, self.facts), ensure_ascii=False, indent=1))
         else:

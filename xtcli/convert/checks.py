@@ -18,6 +18,7 @@ def check(plan: Plan, claims: Claims, source: Source, place: str) -> None:
     problems = [*_shapes(plan, claims, source, place), *_types(plan, claims, source, place)]
     if not problems:
         problems = [*_ties(plan, claims, source, place), *_drops(plan, claims, source, place)]
+        problems += _known(plan, claims, source, place)
     if problems:
         raise UserError(*problems[:20])
 
@@ -75,6 +76,18 @@ def _drops(plan: Plan, claims: Claims, source: Source, place: str) -> list[Probl
         if not drop.check(source.read(claims.source[name]), plan.config):
             cause = f"buffer '{claims.source[name]}' is not {drop.holds}, which is all that it may hold"
             problems.append(Problem(cause, place))
+    return problems
+
+
+def _known(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
+    """Dead tensors must hold what the config says, where it says it: the reference would read them."""
+    problems = []
+    for short, wanted in plan.family.known(plan.config).items():
+        name = plan.form.prefix + short
+        if name in claims.source:
+            found = source.read(claims.source[name])
+            if not torch.allclose(found.float(), wanted.to(found.dtype).float(), rtol=1e-3):
+                problems.append(Problem(f"tensor '{claims.source[name]}' is not what config.json makes of it", place))
     return problems
 
 

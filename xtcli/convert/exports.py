@@ -27,6 +27,8 @@ from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import Family, Form
 from xtcli.convert.files import Source, Writer, open_source
 from xtcli.convert.imports import KEPT, REFERENCE, Commit, whole
+from xtcli.convert.members import joined, split
+from xtcli.convert.members import settle as settle_members
 from xtcli.convert.options import Unexpressed, dump, settle
 from xtcli.convert.plan import Plan, make_plan
 from xtcli.convert.reading import CONFIG, no_family, read_config, read_json, skeleton
@@ -34,7 +36,7 @@ from xtcli.convert.report import Report
 from xtcli.convert.same import difference, unlike
 from xtcli.convert.verify import Sides
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
-from xtcli.registry import Config, tree
+from xtcli.registry import Config, part_of, tree
 from xtcli.runs.checkpoint import locate
 
 
@@ -69,17 +71,73 @@ def export_checkpoint(path: Path, family: str, cast: Cast, commit: Commit, targe
     if source is None:
         raise refuse("has no weights", place=str(folder))
     source = merged(source, preset.train.lora)
+    found = part_of(config).members(config)
+    if found:
+        return export_members(found, source, folder, family, cast, commit, target)
     kept = open_source(folder / REFERENCE, KEPT) if (folder / REFERENCE).is_dir() else None
     before = read_json(folder / REFERENCE / CONFIG) if (folder / REFERENCE / CONFIG).exists() else {}
+    job = prepare(config, source, folder, family, cast, kept, before, getattr(preset.objective, "labels", None))
+    report = describe(job, target)
+    commit(report, lambda inside: write(job, inside, report), lambda inside: {"": sides(job, inside)})
+    return report
+
+
+def prepare(
+    config: Config,
+    source: Source,
+    folder: Path,
+    family: str,
+    cast: Cast,
+    kept: Source | None = None,
+    before: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Export:
+    """What a model becomes; raises UserError where no class of theirs expresses it, or a tensor does not fit."""
+    before = before or {}
     like = skeleton(config, str(folder))
     form, values = find_form(config, family, before, str(folder))
-    values = _labelled(values, getattr(preset.objective, "labels", None))
+    values = _labelled(values, labels)
     plan = make_plan(form[0], form[1], config, like)
     _check(source, kept, plan, like, folder)
-    job = Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
-    report = describe(job, target)
-    commit(report, lambda inside: write(job, inside, report), lambda inside: sides(job, inside))
+    return Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
+
+
+def export_members(
+    found: Mapping[str, tuple[Config, str]],
+    source: Source,
+    folder: Path,
+    family: str,
+    cast: Cast,
+    commit: Commit,
+    target: str,
+) -> Report:
+    """`export_checkpoint` of a graph that holds several models: a folder of theirs for each."""
+    members = split(found, source, str(folder))
+    family = _common_family([member.config for member in members.values()], family, str(folder))
+    jobs = {name: prepare(member.config, member.source, folder, family, cast) for name, member in members.items()}
+    reports = {name: describe(job, f"{target}/{name}") for name, job in jobs.items()}
+    report = joined(reports, source, target)
+
+    def write_all(inside: Path) -> None:
+        for name, job in jobs.items():
+            (inside / name).mkdir()
+            write(job, inside / name, reports[name])
+        settle_members(report, reports)
+
+    commit(report, write_all, lambda inside: {name: sides(job, inside / name) for name, job in jobs.items()})
     return report
+
+
+def _common_family(configs: Sequence[Config], family: str, place: str) -> str:
+    """The first family that expresses all of the configs; `auto` where there is none."""
+    for candidate in FAMILIES if family == "auto" else ():
+        try:
+            for config in configs:
+                find_form(config, candidate.name, {}, place)
+            return candidate.name
+        except UserError:
+            continue
+    return family
 
 
 def sides(job: Export, inside: Path) -> Sides:
@@ -227,7 +285,7 @@ def write(job: Export, inside: Path, report: Report) -> None:
         for name, entry in kept.items():
             writer.put(name, job.cast(name, entry.read()))
         for name in report.invented:
-            writer.put(name, torch.zeros(job.plan.dead[name], dtype=usual))
+            writer.put(name, job.plan.invented(name).to(usual))
     if job.values == job.before:
         shutil.copyfile(job.folder / REFERENCE / CONFIG, inside / CONFIG)
     else:

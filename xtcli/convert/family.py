@@ -57,7 +57,9 @@ class Family:
     prefix) -> whole names that stand for the tensor of another whole name. dead: tensors that a file must hold
     and no network uses. aliases: endings of older names and what they are now. fixed: keys that must have one
     of these values where they appear. neutral: keys that do not touch the network. mixed: endings of the names
-    that may be float32 where all others are narrower.
+    that may be float32 where all others are narrower. kernel: the reference's attention that obeys every option.
+    objectives: kind of graph -> objective of its language models, where it is not the usual one. known: what some of
+    the dead tensors hold, where that follows from the config.
     """
 
     name: str
@@ -75,6 +77,9 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     neutral: frozenset[str] = frozenset()
     mixed: tuple[str, ...] = ()
+    kernel: str = "eager"
+    objectives: Mapping[str, str] = field(default_factory=dict)
+    known: Callable[[Config], Mapping[str, Tensor]] = _nothing
 
 
 COMMON_NEUTRAL = frozenset(

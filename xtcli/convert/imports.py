@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from xtcli.convert.report import Report
 from xtcli.convert.verify import Sides
 from xtcli.errors import refuse
 
-Commit = Callable[[Report, Callable[[Path], None], Callable[[Path], Sides]], None]
+Commit = Callable[[Report, Callable[[Path], None], Callable[[Path], Mapping[str, Sides]]], None]
 """Makes the folder: takes the report, what writes the files into a folder, and what --verify compares then."""
 
 REFERENCE = "reference"
@@ -81,10 +81,27 @@ def import_checkpoint(
             raise no_weights(folder)
         plan, claims = read(chosen, values, list(source.entries), str(folder))
         check(plan, claims, source, str(folder))
+        plan = replace(plan, config=with_settings(plan.config, folder))
         job = Import(folder, source, values, plan, claims, skeleton(plan.config, str(folder)), cast)
         report = describe(job, target)
-        commit(report, lambda inside: write(job, inside, report), lambda inside: sides(job, inside))
+        commit(report, lambda inside: write(job, inside, report), lambda inside: {"": sides(job, inside)})
     return report
+
+
+SETTINGS = {
+    "start": "decoder_start_token_id",
+    "first": "forced_bos_token_id",
+    "last": "forced_eos_token_id",
+}
+"""Ids of a graph's config that the generation settings beside config.json may state."""
+
+
+def with_settings(config: Any, folder: Path) -> Any:
+    """The graph's config with what `generation_config.json` says of the ids that texts begin and end with."""
+    file = folder / "generation_config.json"
+    stated = read_json(file) if file.exists() else {}
+    found = {name: stated.get(key) for name, key in SETTINGS.items() if name in type(config).model_fields}
+    return config.model_copy(update={name: value for name, value in found.items() if isinstance(value, int)})
 
 
 def sides(job: Import, inside: Path) -> Sides:

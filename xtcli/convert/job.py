@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from xtcli.convert.casts import Cast, parse
 from xtcli.convert.exports import export_checkpoint
 from xtcli.convert.imports import import_checkpoint
+from xtcli.convert.members import verified
 from xtcli.convert.reading import CONFIG
 from xtcli.convert.report import Report
 from xtcli.convert.verify import Sides, compare
@@ -48,11 +49,11 @@ def run(
         raise refuse("is a transformers checkpoint already", "leave out --to hf", place=str(src))
     cast = Cast(parse(dtype))
 
-    def commit(report: Report, write: Callable[[Path], None], sides: Callable[[Path], Sides]) -> None:
+    def commit(report: Report, write: Callable[[Path], None], sides: Callable[[Path], Mapping[str, Sides]]) -> None:
         def whole(inside: Path) -> None:
             write(inside)
             if verify:
-                report.verified = compare(sides(inside), str(src))
+                report.verified = verified({name: compare(one, str(src)) for name, one in sides(inside).items()})
             report.written = True
             report.write(inside)
 

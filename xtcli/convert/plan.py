@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xtcli.convert.family import Drop, Family, Form, Shapes
@@ -47,6 +48,11 @@ class Plan:
         """Those of the names that are kept beside the model, with their shapes."""
         beside = {**self.dead, **{name: shape for group in self.spare for name, shape in group.items()}}
         return {name: beside[name] for name in names if name in beside}
+
+    def invented(self, name: str) -> Tensor:
+        """What a dead tensor holds that came with no file: zeros, where nothing is known of it."""
+        known = self.family.known(self.config).get(name.removeprefix(self.form.prefix))
+        return torch.zeros(self.dead[name]) if known is None else known
 
     def is_head(self, name: str) -> bool:
         """Whether a name is known and not one of the trunk's."""

@@ -10,6 +10,7 @@ from xtcli.config.emit import dump
 from xtcli.config.preset import Preset
 from xtcli.convert.companions import TOKENIZER
 from xtcli.convert.plan import Plan
+from xtcli.parts.heads import SPEAKING
 from xtcli.registry import tree
 
 _BY_HEAD = {
@@ -23,11 +24,12 @@ _BY_HEAD = {
 _BY_GRAPH = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "span-corruption"}
 
 
-def objective(config: Any, names: Sequence[str] | None) -> dict[str, Any]:
-    """What such a model is trained on next: the objective of its first head; `names` are those of its labels."""
-    usual = _BY_GRAPH[config.kind]
+def objective(config: Any, names: Sequence[str] | None, own: Mapping[str, str]) -> dict[str, Any]:
+    """What such a model is trained on next: the objective of its first head; `names` are those of its labels,
+    `own` the family's objectives."""
+    usual = own.get(config.kind, _BY_GRAPH[config.kind])
     head = next(iter(config.heads), "lm")
-    kind = usual if head == "lm" else _BY_HEAD.get(head, usual)
+    kind = usual if head in SPEAKING else _BY_HEAD.get(head, usual)
     if kind == "mlm":
         return {"kind": kind, "next_sentence": "nsp" in config.heads}
     if kind == "classify" and names is not None and len(names) == getattr(config.heads[head], "labels", 0):
@@ -51,7 +53,7 @@ def preset_yaml(plan: Plan, values: Mapping[str, Any], origin: str) -> str:
             "version": VERSION,
             "about": {"title": f"{plan.form.name} converted from {origin}"},
             "model": plan.config,
-            "objective": objective(plan.config, label_names(values)),
+            "objective": objective(plan.config, label_names(values), plan.family.objectives),
             "tokenizer": {"kind": "file", "path": TOKENIZER},
         }
     )

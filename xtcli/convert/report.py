@@ -19,7 +19,8 @@ class Report:
     tensors, bytes: of the source's file. ties: names that stand for another tensor. drops: buffers left out
     since every build computes them. kept: tensors that nothing reads, given back on the way out. renamed:
     names of older files. retyped: tensors whose type changed, by `before -> after`. rounding: the largest error
-    that made, with its tensor. bit_exact: every tensor was read back and gave the source's bytes again.
+    that made, with its tensor. bit_exact: every tensor was read back and gave the source's bytes again. members: folders
+    below the target and their classes, where the source holds several models.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Report:
     bit_exact: bool | None = None
     written: bool = False
     verified: dict[str, Any] | None = None
+    members: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -55,6 +57,8 @@ class Report:
         yield "from", self.source
         yield "to", f"{self.target} ({'xt checkpoint' if self.to == 'xt' else 'transformers checkpoint'})"
         yield "model", f"{self.architecture} of family {self.family}"
+        for name, architecture in self.members.items():
+            yield "folder", f"{name}: {architecture}"
         types = ", ".join(f"{count} {name}" for name, count in self.dtypes.items())
         yield "tensors", f"{self.tensors} tensors, {self.bytes:,} bytes ({types})"
         for subject, names, what in (

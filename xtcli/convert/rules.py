@@ -9,6 +9,8 @@ exact inverse, and the way back is the same rule read from the other side.
     Split       one tensor of theirs is several of ours, laid end to end along an axis
     Interleave  the same, but the pieces alternate in groups, one group for each head
     Stack       one tensor of ours is a numbered series of theirs, laid along a new first axis
+    Unit        theirs has axes of length one that ours lacks
+    Copies      one tensor of ours stands several times in theirs
     Chain       one operation after the other
 
 `like` are tensors of the right shape, which tell `Split` where to cut; they may be on the meta device.
@@ -22,6 +24,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from xtcli.errors import refuse
 
 Binding = dict[str, int]
 
@@ -120,6 +124,37 @@ class Stack:
     def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
         (whole,) = ours
         return list(whole.unbind())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Theirs has axes of length one, counted in theirs and in rising order, that ours lacks."""
+
+    axes: tuple[int, ...] = (0,)
+
+    def forward(self, theirs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.squeeze(self.axes) for tensor in theirs]
+
+    def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        made = list(ours)
+        for axis in self.axes:
+            made = [tensor.unsqueeze(axis) for tensor in made]
+        return made
+
+
+@dataclass(frozen=True)
+class Copies:
+    """One tensor of ours stands several times in theirs."""
+
+    count: int
+
+    def forward(self, theirs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        if any(not torch.equal(tensor, theirs[0]) for tensor in theirs[1:] if not tensor.is_meta):
+            raise refuse("tensors that are one tensor in the network differ in the file", "convert from the original")
+        return [theirs[0]]
+
+    def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [ours[0]] * self.count
 
 
 @dataclass(frozen=True)

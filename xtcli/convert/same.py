@@ -45,7 +45,7 @@ def _compare(one: nn.Module, other: nn.Module, path: str) -> str:
             return f"{name} has {key} {_said(a)}, not {_said(b)}"
     if path and getattr(one, "config", None) != getattr(other, "config", None):
         return f"{name} is {one.config}, not {other.config}"
-    a, b = dict(one.named_parameters(recurse=False)), dict(other.named_parameters(recurse=False))
+    a, b = _tensors(one), _tensors(other)
     if {key: value.shape for key, value in a.items()} != {key: value.shape for key, value in b.items()}:
         return f"{name} has tensors {_shapes(a)}, not {_shapes(b)}"
     mine, theirs = dict(one.named_children()), dict(other.named_children())
@@ -72,9 +72,14 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers."""
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
 def _said(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _shapes(tensors: dict[str, nn.Parameter]) -> str:
+def _shapes(tensors: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "none"

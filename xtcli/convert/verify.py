@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.convert.plan import Plan
+from xtcli.convert.rules import SAME, Chain, Operation, Transpose
 from xtcli.errors import EXIT_FAILURE, Problem, UserError, refuse
 from xtcli.model import construct
 
@@ -40,6 +41,14 @@ class Pair:
 
     theirs: str
     ours: tuple[str, ...]
+    operation: Operation = SAME
+
+    def joined(self, outputs: list[Tensor]) -> Tensor:
+        """What several modules of ours put out, in the order of their one."""
+        if len(outputs) == 1:
+            return outputs[0]
+        rows = [output.movedim(-1, 0).flatten(1) for output in outputs]
+        return self.operation.backward(rows)[0].t().unflatten(0, outputs[0].shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,14 @@ def compare(sides: Sides, place: str) -> dict[str, Any]:
     expected, reference = _run_theirs(sides, cls, inputs, pairs, place)
     # A classifier may run on every state there and on the picked one here: then its output alone is compared.
     alike = [pair for pair in traced if pair in reference and traced[pair].numel() == reference[pair].numel()]
-    modules = {" + ".join(pair.ours): _worst(traced[pair], reference[pair]) for pair in alike}
-    outputs = {f"output {name}": _worst(mine[name], value) for name, value in expected.items() if name in mine}
+    modules = {
+        " + ".join(pair.ours): _worst(traced[pair], reference[pair], _real(pair.ours[0], inputs)) for pair in alike
+    }
+    outputs = {
+        f"output {name}": _worst(mine[name], value, _real(name, inputs))
+        for name, value in expected.items()
+        if name in mine
+    }
     off = [(name, worst) for name, worst in (modules | outputs).items() if not worst <= TOLERANCE]
     if off or not outputs:
         name, worst = off[0] if off else ("output", float("nan"))
@@ -89,8 +104,15 @@ def _pairs(plan: Plan) -> list[Pair]:
     for move in plan.moves:
         if len(move.theirs) == 1 and move.theirs[0].endswith(".weight"):
             ours = tuple(name.removesuffix(".weight") for name in move.ours)
-            found[ours] = Pair(move.theirs[0].removesuffix(".weight"), ours)
+            found[ours] = Pair(move.theirs[0].removesuffix(".weight"), ours, _of_rows(move.operation))
     return list(found.values())
+
+
+def _of_rows(operation: Operation) -> Operation:
+    """An operation on the weights of layers as one on their outputs, which are in rows however weights are stored."""
+    if isinstance(operation, Chain):
+        return Chain(tuple(step for step in operation.steps if not isinstance(step, Transpose)))
+    return operation
 
 
 def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -135,7 +157,7 @@ def _run_ours(sides: Sides, inputs: Mapping[str, Tensor], pairs: list[Pair]) -> 
     ran = {name: place for place, name in enumerate(calls)}
     whole = [pair for pair in pairs if all(name in calls for name in pair.ours)]
     traced = {
-        pair: torch.cat([calls[name] for name in pair.ours], -1)
+        pair: pair.joined([calls[name] for name in pair.ours])
         for pair in sorted(whole, key=lambda pair: max(ran[name] for name in pair.ours))
     }
     return _tensors(output), traced
@@ -147,11 +169,14 @@ def _run_theirs(
     from transformers.modeling_utils import no_init_weights
 
     config = cls.config_class(**{key: value for key, value in sides.values.items() if "dtype" not in key})
-    # The other kernels ignore some options, and a cache changes what relative positions are measured from.
-    config._attn_implementation, config.use_cache = "eager", False
+    # Some kernels ignore options, and a cache changes what relative positions are measured from.
+    config._attn_implementation, config.use_cache = sides.plan.family.kernel, False
     with no_init_weights():
         model = cls(config)
-    missing, _ = model.load_state_dict(sides.theirs(), strict=False, assign=True)
+    state = dict(sides.theirs())
+    # Assigning tears ties apart, and some classes mend them from the name that the file leaves out.
+    state |= {alias: state[main] for alias, main in sides.plan.ties.items() if main in state}
+    missing, _ = model.load_state_dict(state, strict=False, assign=True)
     unfilled = set(missing) & set(sides.plan.shapes)
     if unfilled:
         raise refuse(f"the reference was not given '{min(unfilled)}'", place=place)
@@ -190,8 +215,20 @@ def _tensors(output: Mapping[str, Any]) -> Outputs:
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
-def _worst(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a number that is never below TOLERANCE for a nan."""
+def _real(name: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask (B, T) of the side that a module or an output belongs to; in a decoder's target nothing is padding."""
+    written = "decoder_input_ids" in inputs and not name.startswith("encoder")
+    return None if written else inputs["attention_mask"]
+
+
+def _worst(one: Tensor, other: Tensor, real: Tensor | None) -> float:
+    """The largest difference, as a number that is never below TOLERANCE for a nan.
+
+    A place that sees nothing but padding means nothing, and is left out where tensors have the mask's axes.
+    """
     if one.numel() != other.numel():
         return float("inf")
-    return float((one.reshape(-1) - other.reshape(-1)).abs().nan_to_num(float("inf")).max())
+    off = (one.reshape(other.shape) - other).abs().nan_to_num(float("inf"))
+    if real is not None and other.shape[:2] == real.shape and other.dim() > 2:
+        off = off[real.bool()]
+    return float(off.max())

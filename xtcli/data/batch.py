@@ -28,7 +28,7 @@ def round_up(length: int, multiple: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows for one forward pass, int64 tensors.
+    """Rows for one forward pass; tensors are int64, of values that are no ids float32.
 
     inputs: name -> (B, T); targets: head -> (B, T) or (B,).
     tokens, padded: positions of `input_ids` and `decoder_input_ids` that are text, and that are padding.
@@ -57,7 +57,7 @@ class Batch:
         import torch
 
         def tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
-            return {name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()}
+            return {name: torch.from_numpy(np.ascontiguousarray(a, dtype=_type(a))) for name, a in arrays.items()}
 
         return cls._counted(
             tensors(inputs), tensors(targets), [int(i) for i in ids], [int(n) for n in lengths], multiple
@@ -72,8 +72,9 @@ class Batch:
         lengths: Sequence[int],
         multiple: int,
     ) -> Batch:
-        places = sum(inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs)
         tokens = sum(lengths)
+        read = [name for name in ("input_ids", "decoder_input_ids") if name in inputs]
+        places = sum(inputs[name].numel() for name in read) if read else tokens
         return cls(inputs, targets, tokens, places - tokens, ids, tuple(lengths), multiple)
 
     def __len__(self) -> int:
@@ -119,6 +120,10 @@ class Batch:
             inputs = {n: _cut(t, sides["decoder_" if n.startswith("decoder_") else ""]) for n, t in inputs.items()}
             targets = {n: _cut(t, sides[answer]) for n, t in targets.items()}
         return self._counted(inputs, targets, self.ids[rows], self.lengths[rows], self.multiple)
+
+
+def _type(array: np.ndarray[Any, Any]) -> type[np.generic]:
+    return np.float32 if array.dtype.kind == "f" else np.int64
 
 
 def _width(inputs: Mapping[str, Tensor], mask: str, multiple: int) -> int | None:

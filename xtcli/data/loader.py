@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from xtcli.data.batch import Batch
-from xtcli.data.order import Ints, Order, share
+from xtcli.data.order import Ints, Lanes, Order, share
+from xtcli.errors import refuse
 
 GRACE_SECONDS = 30
 """How long a worker goes on after SIGTERM, so that the process that trains can end its step and save."""
@@ -31,15 +32,33 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def carry(self) -> bool:
+        """Whether a sample goes on where the one before it ended, and a model is to remember that."""
+        ...
+
     def batch(self, indices: Ints, epochs: Ints) -> Batch:
         """The samples `indices`, each as it is in its epoch."""
         ...
 
 
+def order_of(objective: Samples, batch: int, seed: int) -> Order | Lanes:
+    """The order in which batches of `batch` samples are read; raises UserError where they do not fill one lane each."""
+    samples = len(objective)
+    if not objective.carry:
+        return Order(samples, seed)
+    if samples < batch:
+        raise refuse(
+            f"the text gives {samples:,} samples, and each of the {batch:,} rows of a batch reads a text of its own",
+            f"set train.batch to {samples} or less, or objective.carry=false",
+        )
+    return Lanes(samples, batch, seed)
+
+
 class _Batches(Dataset[Batch]):
     """Item k: this rank's share of the global batch that starts at sample number k."""
 
-    def __init__(self, objective: Samples, order: Order, rows: range) -> None:
+    def __init__(self, objective: Samples, order: Order | Lanes, rows: range) -> None:
         self.objective = objective
         self.order = order
         self.rows = np.asarray(rows, dtype=np.int64)
@@ -65,7 +84,7 @@ def batches(
     batch: samples of a global batch, over all ranks. workers: processes that make batches ahead (0: none).
     pin: page-locked memory, by default where CUDA is. Closing the iterator ends the workers.
     """
-    dataset = _Batches(objective, Order(len(objective), seed), share(batch, rank, world))
+    dataset = _Batches(objective, order_of(objective, batch, seed), share(batch, rank, world))
     numbers = itertools.count(start, batch)
     pin = torch.cuda.is_available() if pin is None else pin
     return _in_workers(dataset, numbers, workers, pin) if workers else _in_process(dataset, numbers, pin)
@@ -129,9 +148,13 @@ def validation_batches(
     """A fixed, finite series of batches: epoch 0, in the order of the text, the last one short if it must be.
 
     limit: batches at most; then the samples are spread evenly over the text. With several ranks each gets its
-    rows of every batch; a short last batch may leave a rank without rows, which then gets none for it.
+    rows of every batch; a short last batch may leave a rank without rows, which then gets none for it. Samples that
+    are carried on are read in lanes, one a row, and a limit ends all of them early.
     """
     total = len(objective)
+    if objective.carry:
+        yield from _lanes(objective, min(batch, total), limit, rank, world)
+        return
     count = total if limit is None else min(total, limit * batch)
     indices = np.arange(count, dtype=np.int64) * total // max(count, 1)
     for at in range(0, count, batch):
@@ -139,3 +162,12 @@ def validation_batches(
         mine = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
         if mine.size:
             yield objective.batch(mine, np.zeros_like(mine))
+
+
+def _lanes(objective: Samples, batch: int, limit: int | None, rank: int, world: int) -> Generator[Batch, None, None]:
+    """The first epoch of as many lanes as a batch has rows, from the beginning of the text."""
+    steps = len(objective) // batch
+    rows = np.arange(batch * rank // world, batch * (rank + 1) // world, dtype=np.int64)
+    for step in range(steps if limit is None else min(steps, limit)):
+        if rows.size:
+            yield objective.batch(rows * steps + step, np.zeros_like(rows))

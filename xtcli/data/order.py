@@ -8,6 +8,8 @@ The permutation of an epoch is a generalised Feistel network (Black and Rogaway,
 domains", 2002): a number below a * b is a pair (left, right); each round adds a keyed hash of one half to
 the other half, modulo its size. Numbers that land at or above the count go through again, which keeps the map a
 permutation of the count. It needs no memory, whatever the count.
+
+Where a model carries memories from batch to batch, samples are not permuted: `Lanes` reads them in rows that go on.
 """
 
 from __future__ import annotations
@@ -90,6 +92,44 @@ class Order:
         places = np.arange(min(self.samples, DIGEST_SAMPLES), dtype=np.int64)
         order = permute(places, self.samples, self.seed, epoch)
         return hashlib.sha256(f"{self.samples}:".encode() + order.astype("<i8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The endless order in which row b of a batch goes on where row b of the batch before ended.
+
+    An epoch cuts the samples, which follow one another, into `batch` lanes of equal length and reads one sample of
+    each at every step. The samples that fill no step are left out at either end, in another split every epoch.
+    """
+
+    samples: int
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < self.batch or self.batch < 1:
+            raise ValueError("lanes need a sample each")
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return self.samples // self.batch
+
+    def at(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """The epoch and the sample index of each number of the endless sequence."""
+        batches, rows = np.divmod(numbers, self.batch)
+        epochs, steps = np.divmod(batches, self.steps)
+        return epochs, rows * self.steps + steps + self._first(epochs)
+
+    def begins(self, number: int) -> bool:
+        """Whether the batch of sample number `number` begins an epoch, behind which nothing is remembered."""
+        return number // self.batch % self.steps == 0
+
+    def _first(self, epochs: Ints) -> Ints:
+        """The first sample of each epoch's first lane."""
+        room = self.samples - self.steps * self.batch + 1
+        firsts = [int(_mix(np.array([epoch], np.uint64), _keys(self.seed, 0)[0])[0] % np.uint64(room)) for epoch in epochs]
+        return np.array(firsts, dtype=np.int64)
 
 
 def share(batch: int, rank: int, world: int) -> range:

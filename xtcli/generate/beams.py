@@ -75,6 +75,7 @@ def search(
         logs = logits[:, : rules.vocab].log_softmax(-1)
         if seen is not None:
             logs = penalise(logs, seen, penalty)
+        logs = rules.force(logs, step, [prompt.budget for prompt in active for _ in range(width)])
         held = torch.tensor([beam.log for prompt in active for beam in prompt.beams], device=device)
         totals = (logs + held[:, None]).reshape(len(active), width * rules.vocab)
         count = min(max(2, 1 + len(rules.ends)) * width, totals.shape[1])
@@ -124,7 +125,8 @@ def _advance(
         ended = token in rules.ends
         if ended or last:
             if rank < width and log > float("-inf"):
-                finish: Finish = "eos" if ended else "context" if prompt.bounded else "length"
+                own = ended and not (last and rules.last is not None)
+                finish: Finish = "eos" if own else "context" if prompt.bounded else "length"
                 prompt.finished.append(Finished(log / length**length_penalty, tokens, finish))
         elif len(beams) < width:
             beams.append(Beam(log, tokens))

@@ -56,12 +56,12 @@ class Row:
     finish: Finish | None = None
     score: float | None = None
 
-    def take(self, token: int, ends: frozenset[int]) -> str:
-        """Add a token and see whether the row ends; the text to print."""
+    def take(self, token: int, ends: frozenset[int], cut: bool = False) -> str:
+        """Add a token and see whether the row ends; the text to print. `cut`: the token stands there by force."""
         self.tokens.append(token)
         said = ""
         if token in ends:
-            self.finish = "eos"
+            self.finish = "eos" if not cut else "context" if self.bounded else "length"
         else:
             said = self.text.push(token)
             if self.text.stopped:
@@ -101,13 +101,30 @@ class Timing:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all rows. `vocab` is the number of ids that have a text; `lens` alternatives are noted."""
+    """What holds for all rows. `vocab` is the number of ids that have a text; `lens` alternatives are noted.
+
+    `first` is the token that every text begins with, `last` the one that ends a text at its limit; None is any.
+    """
 
     sampling: Sampling
     ends: frozenset[int]
     vocab: int
     seed: int = 0
     lens: int = 0
+    first: int | None = None
+    last: int | None = None
+
+    def force(self, logits: Tensor, step: int, budgets: Sequence[int]) -> Tensor:
+        """Logits (B, V) of token `step`, in which only the token that must come is left in the rows that have one."""
+        for token, rows in (
+            (self.first, [step == 0] * len(budgets)),
+            (self.last, [step == budget - 1 for budget in budgets]),
+        ):
+            if token is not None and any(rows):
+                only = torch.full_like(logits[:1], float("-inf"))
+                only[0, token] = 0.0
+                logits = torch.where(torch.tensor(rows, device=logits.device)[:, None], only, logits)
+        return logits
 
 
 def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: Timing) -> Iterator[Piece]:
@@ -124,7 +141,7 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
         most = max(row.budget for row in rows)
         numbers = random_numbers(rules.seed, [row.number for row in rows], most, logits.device)
     for step in range(max(row.budget for row in rows)):
-        logits = logits[:, : rules.vocab]
+        logits = rules.force(logits[:, : rules.vocab], step, [row.budget for row in alive])
         chosen, host = choose(logits, sampling, seen, None if numbers is None else numbers[:, step])
         if step == 0:
             timing.prefill_seconds += time.perf_counter() - began
@@ -134,7 +151,8 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
         for row, token in zip(alive, host, strict=True):
             if row.finish is None:
                 timing.decode_tokens += step > 0
-                said = row.take(token, rules.ends)
+                cut = rules.last is not None and step == row.budget - 1
+                said = row.take(token, rules.ends, cut)
                 if said or row.finish is not None:
                     yield Piece(row.number, said, row.finish is not None)
         going = [at for at, row in enumerate(alive) if row.finish is None]

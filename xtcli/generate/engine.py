@@ -23,19 +23,20 @@ from xtcli.data.tokenizers import StreamDecoder, Tokenizer
 from xtcli.errors import refuse
 from xtcli.generate.beams import search
 from xtcli.generate.decode import Finish, Piece, Row, Rules, decode
-from xtcli.generate.feed import Feed
+from xtcli.generate.feed import Feed, aligned
 from xtcli.generate.fill import fill, to_fill
 from xtcli.generate.options import Answer, Options, Task, Written
 from xtcli.generate.prompts import Prompt, Reach, check_ids, grouped, role, to_continue, to_read
 from xtcli.generate.sampling import Sampling, draw_seed
 from xtcli.generate.stops import Text
 from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import SPEAKING, speaker
 from xtcli.parts.seq2seq import EncoderDecoder
 
 ROWS = 64
 """Rows of one batch, at most."""
-WRITING = {"lm", "mlm"}
-LABELLING = {"sequence", "token", "choice", "span"}
+WRITING = {*SPEAKING, "mlm"}
+LABELLING = {"sequence", "token", "choice", "span", "replaced"}
 
 
 def task_of(model: Graph) -> Task:
@@ -44,7 +45,7 @@ def task_of(model: Graph) -> Task:
     if LABELLING & set(model.heads) and not WRITING & set(model.heads):
         return "label"
     if isinstance(model, EncoderDecoder) or model.causal:
-        if "lm" not in model.heads:
+        if speaker(model.heads) is None:
             raise refuse(f"the model has no language-model head (heads: {have})", "text comes from a head lm or mlm")
         return "map" if isinstance(model, EncoderDecoder) else "continue"
     if not {"mlm", "lm"} & set(model.heads):
@@ -111,7 +112,9 @@ def _job(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Opti
     # What ends a text is what training put behind one, or else in front of the next.
     end = role(tokenizer, *(("eos", "sep") if answer.task == "map" else ("eos", "bos")))
     ends = frozenset(() if end is None else (end,))
-    rules = Rules(sampling, ends, min(tokenizer.vocab, model.vocab), answer.seed or 0, options.lens)
+    known = min(tokenizer.vocab, model.vocab)
+    first, last = (forced(model, name, known) for name in ("first", "last"))
+    rules = Rules(sampling, ends, known, answer.seed or 0, options.lens, first, last)
     soft = None if options.past_context else model.context
     slots = None
     if isinstance(model, EncoderDecoder):
@@ -121,6 +124,14 @@ def _job(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Opti
         prompts = to_continue(tokenizer, texts, Reach(slots, soft), options.max_tokens)
     check_ids(prompts, model.vocab)
     return _Job(model, tokenizer, options, rules, answer, prompts, slots)
+
+
+def forced(model: Graph, name: str, known: int) -> int | None:
+    """The token of the model's config that its texts must begin (`first`) or end with (`last`), where it has one."""
+    token: int | None = getattr(model.config, name, None)
+    if token is not None and token >= known:
+        raise refuse(f"model.{name} is {token:,}, and the tokenizer knows ids below {known:,}", f"set model.{name}")
+    return token
 
 
 def _sources(
@@ -142,13 +153,13 @@ def _write(job: _Job) -> Iterator[Piece]:
     """Write all rows, group by group."""
     options, answer = job.options, job.answer
     repeats = max(options.beams, options.samples)
-    for group in grouped(job.prompts, job.slots, ROWS // repeats):
+    for group in grouped(job.prompts, job.slots, ROWS // repeats, aligned(job.model)):
         feed = _feed(job, group)
         answer.timing.prefill_tokens += sum(len(prompt.ids) for prompt in group)
         yield from (_search if options.beams > 1 else _draw)(job, feed, group)
         if feed.uncached is not None:
             since = f"from {feed.uncached:,} tokens on"
-            answer.notes.append(f"{since} the rotations change with the length, so each step reads the whole text")
+            answer.notes.append(f"{since} earlier ones look different whenever one follows, so each step reads the whole text")
 
 
 def _feed(job: _Job, group: Sequence[Prompt]) -> Feed:
@@ -189,13 +200,14 @@ def _search(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[Piece]:
 
 
 def _fill(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Options, answer: Answer) -> None:
-    head = model.heads["mlm"] if "mlm" in model.heads else model.heads["lm"]
+    head = "mlm" if "mlm" in model.heads else "lm"
     reach = Reach(limit_of(model), None if options.past_context else model.context)
     prompts = to_fill(tokenizer, texts, reach)
     check_ids(prompts, model.vocab)
     began = time.perf_counter()
-    for at in range(0, len(prompts), ROWS):
-        answer.filled += fill(model, head, tokenizer, prompts[at : at + ROWS], options.fill_top)
+    rows = 1 if aligned(model) else ROWS
+    for at in range(0, len(prompts), rows):
+        answer.filled += fill(model, head, tokenizer, prompts[at : at + rows], options.fill_top)
     answer.timing.prefill_seconds = time.perf_counter() - began
     answer.timing.prefill_tokens = sum(len(prompt.ids) for prompt in prompts)
 

@@ -1,8 +1,8 @@
 """Feeding tokens to a model: each row's next-token logits, from a cache wherever a cache is exact.
 
-A cache keeps what earlier tokens looked like. Rotations whose frequencies change with the length
-(`static` is False) change that look once a row is longer than `steady`; from there on the whole text
-is read at every step, which is slow but right. `uncached` says since which length.
+A cache keeps what earlier tokens looked like. Parts of which `static` is False (rotations whose frequencies
+change with the length, hashed attention) change that look once a row is longer than `steady`; from there on
+the whole text is read at every step, which is slow but right. `uncached` says since which length.
 
 Axes: B rows, T tokens fed now, V vocabulary.
 """
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.generate.prompts import padded_left, padded_right
+from xtcli.parts.chance import settled
 from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import speaker
 from xtcli.parts.seq2seq import EncoderDecoder
 
 
@@ -23,6 +25,11 @@ def steady(tower: nn.Module) -> int | None:
     """The longest text that every part reads alike when more follows; None is any length."""
     lengths = [module.steady for module in tower.modules() if getattr(module, "static", True) is False]
     return min((int(length) for length in lengths), default=None)  # type: ignore[arg-type]
+
+
+def aligned(model: nn.Module) -> bool:
+    """Whether what a token sees depends on its slot: then padding in front of a row would change what it says."""
+    return any(getattr(module, "aligned", False) for module in model.modules())
 
 
 class Feed:
@@ -44,7 +51,7 @@ class Feed:
         self.ids, self.pads = padded_left(rows, self.width + room, model.device)
         tower = model.decoder if isinstance(model, EncoderDecoder) else model
         self.steady = steady(tower)
-        self.head: Any = model.heads["lm"]
+        self.head: Any = model.heads[speaker(model.heads) or "lm"]
         self.uncached: int | None = None
         self.state: Any = None
         if self.steady is None or self.longest <= self.steady:
@@ -95,8 +102,10 @@ class Feed:
             places = (slots - self.pads).clamp(min=0)
             mask = slots >= self.pads if begin == 0 else None
         model: Any = self.model
-        if self.memory is not None:
-            hidden = model.decode(ids, self.memory, self.memory_mask, self.state)
-        else:
-            hidden = model.hidden(input_ids=ids, attention_mask=mask, position_ids=places, state=self.state)
-        return self.head.logits(hidden.states[:, -1], hidden.table).float()  # type: ignore[no-any-return]
+        with settled(model):
+            if self.memory is not None:
+                hidden = model.decode(ids, self.memory, self.memory_mask, self.state)
+            else:
+                hidden = model.hidden(input_ids=ids, attention_mask=mask, position_ids=places, state=self.state)
+        hidden.states = hidden.states[:, -1:]
+        return self.head.outputs(hidden)["logits"][:, -1].float()  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from typing import Any
 from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.generate.prompts import Prompt, Reach, encode_marked, frame_of, named, padded_right, role, too_long
+from xtcli.parts.chance import settled
 from xtcli.parts.graphs import Graph
 
 MASK = "[MASK]"
@@ -58,11 +59,13 @@ def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Pr
     return prompts
 
 
-def fill(model: Graph, head: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], top: int) -> list[Filled]:
-    """The `top` likeliest tokens for every mask of every prompt."""
+def fill(model: Graph, name: str, tokenizer: Tokenizer, prompts: Sequence[Prompt], top: int) -> list[Filled]:
+    """The `top` likeliest tokens for every mask of every prompt, by the head of that name."""
+    head: Any = model.heads[name]
     mask_id = tokenizer.special["mask"]
     ids, real = padded_right([prompt.ids for prompt in prompts], model.device)
-    hidden = model.hidden(input_ids=ids, attention_mask=real)
+    with settled(model):
+        hidden = model.read_by(name, model.hidden(input_ids=ids, attention_mask=real))
     places = (ids == mask_id) if real is None else (ids == mask_id) & real
     logits = head.logits(hidden.states[places], hidden.table).float()[:, : tokenizer.vocab]
     if not bool(logits.isfinite().all()):

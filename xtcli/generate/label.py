@@ -26,11 +26,14 @@ from xtcli.data.records import Side
 from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import refuse
 from xtcli.generate.engine import ROWS, undisturbed
+from xtcli.generate.feed import aligned
 from xtcli.objectives.classify import TASKS, Classify
 from xtcli.objectives.extract import Extract
 from xtcli.objectives.labelled import Labelled
 from xtcli.objectives.labels import item_of
+from xtcli.parts.chance import settled
 from xtcli.parts.graphs import Graph
+from xtcli.parts.heads import SPEAKING
 from xtcli.train.scores import SpanScores
 
 CONTEXT = 512
@@ -84,7 +87,7 @@ def labels_texts(model: Graph, preset: Preset) -> bool:
     """Whether a checkpoint is there to label texts: by its objective, or because its heads do nothing else."""
     if preset.objective.kind in (Classify.Config.kind, Extract.Config.kind):
         return True
-    return bool({*TASKS, "span"} & set(model.heads)) and not {"lm", "mlm"} & set(model.heads)
+    return bool({*TASKS, "span"} & set(model.heads)) and not {*SPEAKING, "mlm"} & set(model.heads)
 
 
 def label(
@@ -192,11 +195,14 @@ def _batches(model: Graph, made: Any) -> Any:
     head: Any = model.heads["span" if isinstance(made, Extract) else made.of]
     for at in range(0, len(made), ROWS):
         numbers = np.arange(at, min(at + ROWS, len(made)), dtype=np.int64)
-        # Choices of several sizes do not make one tensor.
-        groups = np.split(numbers, len(numbers)) if getattr(made, "of", "") == "choice" else [numbers]
+        # Choices of several sizes do not make one tensor, and some models cannot bear padding.
+        alone = getattr(made, "of", "") == "choice" or aligned(model)
+        groups = np.split(numbers, len(numbers)) if alone else [numbers]
         for group in groups:
             batch = made.batch(group, np.zeros_like(group)).to(model.device)
-            yield group.tolist(), batch, head.outputs(model.hidden(**batch.inputs))
+            with settled(model):
+                outputs = head.outputs(model.hidden(**batch.inputs))
+            yield group.tolist(), batch, outputs
 
 
 def _labels(model: Graph, made: Classify) -> Any:

@@ -3,7 +3,7 @@
 A text is framed by the tokenizer's template or, where that adds nothing, as training framed it:
 
     decoder           bos in front, where the tokenizer has one that is not its eos too
-    encoder-decoder   bos (or cls) in front, eos (or sep) behind; <extra_id_0> ... are read as sentinels
+    encoder-decoder   bos (or cls) in front, eos (or sep) behind; <extra_id_0> ... and the mask are read as such
     encoder           cls in front, sep behind
 
 A decoder's text is to go on, so nothing is put behind it. Rows of one batch are padded on the left, so
@@ -110,6 +110,9 @@ def to_read(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Pr
     """Prompts of an encoder; raises UserError for those that are empty or too long."""
     front, back = frame_of(tokenizer, ["bos", "cls"], ["eos", "sep"])
     marks = {sentinel_name(number): id for number, id in enumerate(tokenizer.sentinels)}
+    mask = role(tokenizer, "mask")
+    if mask is not None and tokenizer.mask_text:
+        marks[tokenizer.mask_text] = mask
     prompts, wrong = [], []
     for number, text in enumerate(texts):
         inner = encode_marked(tokenizer, text, marks)
@@ -143,12 +146,18 @@ def check_ids(prompts: Sequence[Prompt], rows: int) -> None:
         raise UserError(Problem(cause, remedy="use the tokenizer that the model was trained with"))
 
 
-def grouped(prompts: Sequence[Prompt], hard: int | None, most: int) -> Iterator[list[Prompt]]:
-    """Batches of at most `most` prompts, in which padding costs no row a token that it would have alone."""
+def grouped(
+    prompts: Sequence[Prompt], hard: int | None, most: int, alike: bool = False
+) -> Iterator[list[Prompt]]:
+    """Batches of at most `most` prompts, in which padding costs no row a token that it would have alone.
+
+    alike: no padding at all, so that every prompt of a batch has as many tokens.
+    """
     waiting = sorted(prompts, key=lambda prompt: -len(prompt.ids))
     while waiting:
         width = len(waiting[0].ids)
-        fits = [p for p in waiting if hard is None or width + p.budget <= hard][: max(most, 1)]
+        fits = [p for p in waiting if hard is None or width + p.budget <= hard]
+        fits = [p for p in fits if not alike or len(p.ids) == width][: max(most, 1)]
         taken = {prompt.number for prompt in fits}
         waiting = [prompt for prompt in waiting if prompt.number not in taken]
         yield fits

@@ -115,8 +115,8 @@ def measure_reading(model: Graph, batch: int, length: int) -> Reading:
             hidden = model.hidden(input_ids=ids)
         if state is not None:
             hidden.states = hidden.states[:, -1:]
-        for head in model.heads.values():
+        for name, head in model.heads.items():
             assert isinstance(head, Head)
-            head.outputs(hidden)
+            head.outputs(model.read_by(name, hidden))
     after = state_bytes(state)
     return Reading(after, max(alive.peak - (after - before), 0))

@@ -29,12 +29,17 @@ COMPONENTS = {
     "embed": "embedding",
     "absolute": "embedding",
     "position": "attention",
+    "score": "attention",
+    "out": "attention",
     "ffn": "ffn",
     "norm": "norms",
     "head": "heads",
     "transform": "heads",
 }
 """Slot -> the component that its parameters count for; a mixer that is not attention counts under its kind."""
+
+UNSAID = ("", "none", "softmax")
+"""Kinds that are what one expects and hold nothing."""
 
 ORDER = ("embedding", "attention", "ffn", "norms", "heads")
 
@@ -136,7 +141,7 @@ def _children(module: nn.Module, stack: Stack | None, seen: set[int], model: Gra
                 yield replace(below, name=f"{name}.{below.name}")
             continue
         node = _node(name, child, stack, seen, model)
-        if node.parameters or node.tied or node.children or slot_and_kind(child)[1] not in ("", "none"):
+        if node.parameters or node.tied or node.children or slot_and_kind(child)[1] not in UNSAID:
             yield node
 
 

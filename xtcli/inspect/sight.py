@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from xtcli.inspect import units
 from xtcli.parts import masks
+from xtcli.parts.attention import Persistent
 from xtcli.parts.context import Ctx
 from xtcli.parts.shared import Shared
 from xtcli.parts.stack import Stack
@@ -45,14 +46,16 @@ class Sight:
     relative: str = ""
     position: str = ""
     memory: bool = False
+    kept: int = 0
 
     def words(self) -> tuple[str, ...]:
         """The sight in words, for the module tree."""
+        kept = (f"{units.plural(self.kept, 'persistent key')}",) if self.kept else ()
         if self.memory:
-            return ("mask every key of the memory",)
+            return ("mask every key of the memory", *kept)
         if self.rule is None:
             return ()
-        return (f"mask {rule_words(self.rule)}", *([f"position {self.position}"] if self.position else []))
+        return (f"mask {rule_words(self.rule)}", *([f"position {self.position}"] if self.position else []), *kept)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def rule_words(rule: Config) -> str:
 def sight_of(stack: Stack, module: nn.Module) -> Sight:
     """How a sublayer of `stack` sees; one without masks has no rule."""
     if getattr(module, "reads_memory", False):
-        return Sight(None, memory=True)
+        return Sight(None, memory=True, kept=_kept(module))
     view = getattr(module, "view", None)
     if not isinstance(view, int):
         return Sight(None)
@@ -139,12 +142,18 @@ def sight_of(stack: Stack, module: nn.Module) -> Sight:
             None if turn is None else stack.shared.turns[turn],
             None if found.bias is None else stack.shared.biases[found.bias],
             relative,
+            getattr(module, "place", None),
         )
-        if part is not None
+        if isinstance(part, nn.Module)
     ]
-    return Sight(
-        found.rule, found.bias, turn, _kind(relative) if isinstance(relative, nn.Module) else "", " + ".join(kinds)
-    )
+    named = _kind(relative) if isinstance(relative, nn.Module) else ""
+    return Sight(found.rule, found.bias, turn, named, " + ".join(kinds), kept=_kept(module))
+
+
+def _kept(module: nn.Module) -> int:
+    """How many keys of its own an attention has."""
+    memory = getattr(module, "memory", None)
+    return memory.k.shape[1] if isinstance(memory, Persistent) else 0
 
 
 def _kind(module: nn.Module) -> str:
@@ -174,6 +183,9 @@ def look(model: nn.Module, length: int, cells: int, weights: Weights | None = No
         for number, bias in enumerate(shared.biases):
             who = _who(users, lambda sight, number=number: sight.bias == number)  # type: ignore[misc]
             path = f"{name}.shared.biases.{number}"
+            if weights is None and not _numbered(bias):
+                found[3].append(f"{name}: {who}: position {_kind(bias)} is learned, a checkpoint shows it")
+                continue
             found[1].append(_bias(bias, name, who, path, length, cells, weights))
         for number, turn in enumerate(shared.turns):
             who = _who(users, lambda sight, number=number: sight.turn == number)  # type: ignore[misc]
@@ -190,7 +202,7 @@ Users = dict[Sight, dict[str, list[int]]]
 
 def _users(stack: Stack) -> Users:
     users: Users = {}
-    for number, block in enumerate(stack.blocks):
+    for number, block in enumerate(stack.run):
         for name, sublayer in block.sublayers.items():  # type: ignore[operator, union-attr]
             sight = sight_of(stack, sublayer)
             if sight.memory or sight.rule is not None:
@@ -215,6 +227,8 @@ def _rest(name: str, users: Users, shared: Shared) -> list[str]:
             said.append(f"{name}: {who}: every real key of the encoder's memory")
         elif sight.relative:
             said.append(f"{name}: {who}: position {sight.relative} depends on the queries")
+        if sight.kept:
+            said.append(f"{name}: {who}: {units.plural(sight.kept, 'persistent key')}, which every query sees")
     return said
 
 
@@ -253,6 +267,11 @@ def _bias(
         grid = _reduce(lambda ctx, n: bias.scores(ctx, n)[0, 0].float(), length, cells)  # type: ignore[operator]
     keys = row @ _averages(length, cells)
     return BiasView(stack, users, _kind(bias), length, query, learned, float(row.min()), float(row.max()), keys, grid)
+
+
+def _numbered(bias: nn.Module) -> bool:
+    """Whether all that a bias learns are tables, whose rows can be told apart by numbers."""
+    return all(isinstance(module, nn.Embedding) for module in bias.modules() if list(module.parameters(recurse=False)))
 
 
 def _filled(bias: nn.Module, path: str, weights: Weights | None) -> tuple[nn.Module, str]:

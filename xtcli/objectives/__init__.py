@@ -8,9 +8,25 @@ needs no torch.
 from xtcli.objectives.base import Objective
 from xtcli.objectives.classify import Classify
 from xtcli.objectives.clm import CausalLM
+from xtcli.objectives.denoise import Denoising
 from xtcli.objectives.extract import Extract
+from xtcli.objectives.frames import Frames
+from xtcli.objectives.gaps import GapSentences
 from xtcli.objectives.mlm import MaskedLM
 from xtcli.objectives.pairs import Pairs
+from xtcli.objectives.replacing import ReplacedTokens
 from xtcli.objectives.spans import SpanCorruption
 
-__all__ = ["CausalLM", "Classify", "Extract", "MaskedLM", "Objective", "Pairs", "SpanCorruption"]
+__all__ = [
+    "CausalLM",
+    "Classify",
+    "Denoising",
+    "Extract",
+    "Frames",
+    "GapSentences",
+    "MaskedLM",
+    "Objective",
+    "Pairs",
+    "ReplacedTokens",
+    "SpanCorruption",
+]

@@ -117,6 +117,7 @@ class Objective(ABC):
         self.pad = special.get("pad", special.get("eos", 0))
         self.width: dict[str, int] = {"": context}
         self.masks: Literal["never", "needed", "always"] = "always"
+        self.carry = False  # whether sample i + 1 goes on where sample i ended, and models remember that
 
     @classmethod
     def prepare(cls, resolved: Resolved, model: Any) -> tuple[Resolved, Any, Any]:
@@ -136,6 +137,10 @@ class Objective(ABC):
 
     def scorer(self) -> Any:
         """A fresh `xtcli.train.scores.Scorer` for one validation, None where the loss is all that is measured."""
+        return None
+
+    def drawn(self, model: Any, tokenizer: Any, tokens: int) -> str | None:
+        """A sample of what the model makes, where that is no text that `generate` writes; None where it is."""
         return None
 
     @abstractmethod

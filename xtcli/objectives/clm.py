@@ -7,20 +7,23 @@ are the same token (GPT-2's end of text). Block i of the joined text reads token
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.data.order import Ints
+from xtcli.errors import refuse
 from xtcli.objectives.base import Array, Documents, Objective, Packing, Sample, Split, Tokenizer
 from xtcli.objectives.joined import Joined, isolate
-from xtcli.objectives.words import SHARED, clauses, count, left_out, too_little, too_short, truncated
+from xtcli.objectives.words import LANES, SHARED, clauses, count, left_out, too_little, too_short, truncated
 from xtcli.registry import field, part
 
 
 @part("objective", "clm")
 class CausalLM(Objective):
-    """Next-token prediction; `targets.lm` is (T,), aligned with `input_ids`."""
+    """Next-token prediction; the head's targets are (T,), aligned with `input_ids`."""
 
     class Config(registry.Config):
         """Next-token prediction."""
@@ -29,6 +32,10 @@ class CausalLM(Objective):
             "stream: documents share blocks and see each other; documents: they share blocks and do not see each "
             "other; none: one document a row, cut at the context",
             "stream",
+        )
+        carry: bool = field(
+            "pack stream: row b of a batch goes on where row b of the batch before ended, and the model remembers it",
+            False,
         )
         multiple: int = field("pack none: rows are padded to the longest of a batch, rounded up to this many", 64, gt=0)
 
@@ -42,6 +49,7 @@ class CausalLM(Objective):
         seed: int,
         start: int | None = None,
         validation: bool = False,
+        head: str = "lm",
     ) -> None:
         super().__init__(
             tokenizer,
@@ -49,7 +57,11 @@ class CausalLM(Objective):
             seed=seed,
             multiple=min(config.multiple, context) if config.pack == "none" else 0,
         )
+        self.head, self.answer = head, f"targets.{head}"
         self.pack = config.pack
+        self.carry = config.carry
+        if config.carry and config.pack != "stream":
+            raise refuse(f"carry is for pack=stream, and pack is {config.pack}", "set objective.pack=stream")
         bos, eos = self.special.get("bos"), self.special.get("eos")
         least = 1 if (bos is not None or eos is not None) else 2
         self.least = least if config.pack != "stream" else 1
@@ -71,6 +83,12 @@ class CausalLM(Objective):
         self.answers = answers
         self.samples = len(self.documents) if config.pack == "none" else -(-answers // context)
 
+    @classmethod
+    def facts(cls, model: Any) -> dict[str, Any]:
+        from xtcli.parts.heads import speaker
+
+        return {"head": speaker(model.heads) or "lm"}
+
     def __len__(self) -> int:
         return self.samples
 
@@ -83,7 +101,7 @@ class CausalLM(Objective):
         if self.pack == "none":
             return super().batch(indices, epochs)
         arrays, lengths = self._rows(np.asarray(indices, dtype=np.int64))
-        targets = {"lm": arrays.pop("targets.lm")}
+        targets = {self.head: arrays.pop(self.answer)}
         return Batch.of(arrays, targets, indices.tolist(), lengths.tolist())
 
     def _rows(self, indices: Ints) -> tuple[dict[str, Array], Ints]:
@@ -99,7 +117,7 @@ class CausalLM(Objective):
         text = documents >= 0
         inputs = np.where(text, self.joined.tokens(documents, offsets), self.pad)
         targets = np.where(text, self.joined.tokens(documents, offsets + 1), IGNORE)
-        arrays = {"input_ids": inputs, "targets.lm": targets}
+        arrays = {"input_ids": inputs, self.answer: targets}
         if self.pack == "documents":
             arrays |= isolate(documents, offsets)
         return arrays, text.sum(1)
@@ -109,7 +127,7 @@ class CausalLM(Objective):
         text = documents[:, 1:] >= 0
         tokens = self.joined.tokens(documents, offsets)
         inputs = np.where(text, tokens[:, :-1], self.pad)
-        return {"input_ids": inputs, "targets.lm": np.where(text, tokens[:, 1:], IGNORE)}, text.sum(1)
+        return {"input_ids": inputs, self.answer: np.where(text, tokens[:, 1:], IGNORE)}, text.sum(1)
 
     def describe(self) -> str:
         documents = count(len(self.documents), "document")
@@ -119,7 +137,9 @@ class CausalLM(Objective):
             blocks = f"{count(self.samples, 'block')} of {self.context:,} tokens"
             alone = "no document sees another (document ids; positions begin at 0 in each)"
             last = self.answers - (self.samples - 1) * self.context
-            rows = [f"{documents} end to end{self._frame()}, in {blocks}", SHARED if self.pack == "stream" else alone]
+            rows = [f"{documents} end to end{self._frame()}, in {blocks}"]
+            rows += [LANES] if self.carry else []
+            rows += [SHARED if self.pack == "stream" else alone]
             rows.append(f"the last block has {count(last, 'token')} and is padded" if last < self.context else "")
         return clauses("causal language modelling: " + rows[0], *rows[1:], left_out(self.documents, self.least))
 

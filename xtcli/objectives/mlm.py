@@ -1,9 +1,10 @@
-"""Masked language modelling (Devlin et al. 2018), with next-sentence prediction or without (Liu et al. 2019).
+"""Masked language modelling (Devlin et al. 2018): alone (Liu et al. 2019), or with a question about two sentences.
 
 The masks of a row are drawn anew in every epoch. Without next sentences a row is a full block of the joined text,
 [CLS] block [SEP]. With them a row is a pair, [CLS] A [SEP] B [SEP]: a piece of one document is cut in two at a random
 token, and in half of the pairs B comes from a random place of another document instead (of the same one, where there is
-but one). `targets.nsp` is 0 where B follows A, 1 where it does not.
+but one). `targets.nsp` is 0 where B follows A, 1 where it does not. With the order of sentences (Lan et al. 2019) both
+parts stay, and in half of the pairs they change places: `targets.sop` is 1 there and else 0.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SMALLEST = 8
 
 @part("objective", "mlm")
 class MaskedLM(Objective):
-    """Masked tokens (`targets.mlm`, (T,)) and, with `next_sentence`, whether B follows A (`targets.nsp`, ())."""
+    """Masked tokens (`targets.mlm`, (T,)), and whether B follows A (`targets.nsp`, ()) or stands before it (`.sop`)."""
 
     class Config(registry.Config):
         """Masked language modelling."""
@@ -48,12 +49,16 @@ class MaskedLM(Objective):
             "share of the chosen tokens that become a random token; the rest stay as they are", 0.1, ge=0, le=1
         )
         whole_word: bool = field("hide all tokens of a word together", False)
-        next_sentence: bool = field("rows are pairs A, B, and the model also tells whether B follows A", False)
-        short: float = field(
-            "next_sentence: share of the pairs that are cut to a random shorter length", 0.1, ge=0, le=1
+        ngram: int = field(
+            "hide up to this many neighbours together, n of them with a probability that falls as 1 / n", 1, ge=1
         )
+        next_sentence: bool = field("rows are pairs A, B, and the model also tells whether B follows A", False)
+        sentence_order: bool = field(
+            "rows are pairs A, B, and the model also tells whether they have changed places", False
+        )
+        short: float = field("pairs: share of them that are cut to a random shorter length", 0.1, ge=0, le=1)
         pack: Packing = field(
-            "without next_sentence. stream: documents share blocks and see each other; documents: they share blocks "
+            "without pairs. stream: documents share blocks and see each other; documents: they share blocks "
             "and do not see each other; none: one document a row, cut at the context",
             "stream",
         )
@@ -68,9 +73,17 @@ class MaskedLM(Objective):
         def _agree(self) -> Self:
             if self.mask + self.random > 1:
                 raise ValueError(f"mask + random is {self.mask + self.random:g}, and shares add up to 1 at most")
-            if self.next_sentence and self.pack != "stream":
-                raise ValueError(f"pack={self.pack} is for next_sentence=false: pairs of sentences are never packed")
+            if self.next_sentence and self.sentence_order:
+                raise ValueError("next_sentence and sentence_order ask two questions of one pair, set one of them")
+            for name in ("next_sentence", "sentence_order"):
+                if getattr(self, name) and self.pack != "stream":
+                    raise ValueError(f"pack={self.pack} is for {name}=false: pairs of sentences are never packed")
             return self
+
+        @property
+        def pairs(self) -> bool:
+            """Whether rows are pairs."""
+            return self.next_sentence or self.sentence_order
 
     def __init__(
         self,
@@ -83,7 +96,7 @@ class MaskedLM(Objective):
         start: int | None = None,
         validation: bool = False,
     ) -> None:
-        padded = config.next_sentence or config.pack == "none"
+        padded = config.pairs or config.pack == "none"
         super().__init__(tokenizer, context=context, seed=seed, multiple=min(config.multiple, context) if padded else 0)
         self.config = config
         self.cls, self.sep, mask = self.need("cls", "sep", "mask", why="masked language modelling")
@@ -94,17 +107,18 @@ class MaskedLM(Objective):
             random=config.random,
             words=config.whole_word,
             mask_id=mask,
+            longest=config.ngram,
         )
         self.masks = "always" if padded else "needed"
         if context < SMALLEST:
             raise refuse(
                 f"a context of {context} tokens leaves no room for text", f"set train.context to {SMALLEST} or more"
             )
-        self.least = 2 if config.next_sentence else 1
+        self.least = 2 if config.pairs else 1
         self.documents = Documents.of(split.streams["text"], self.least)
         if not len(self.documents):
             raise too_little(f"no document of {count(self.least, 'token')} or more", validation)
-        if config.next_sentence:
+        if config.pairs:
             self.cuts = Cuts(self.documents, context - 3)
         elif config.pack != "none":
             self._init_blocks(validation)
@@ -119,13 +133,13 @@ class MaskedLM(Objective):
             raise too_short(self.joined.total, self.block, remedy)
 
     def __len__(self) -> int:
-        if self.config.next_sentence:
+        if self.config.pairs:
             return len(self.cuts)
         return len(self.documents) if self.config.pack == "none" else -(-self.joined.total // self.block)
 
     def sample(self, index: int, epoch: int) -> Sample:
         rng = generator(self.seed, epoch, index)
-        if self.config.next_sentence:
+        if self.config.pairs:
             tokens, extra = self._pair(index, rng)
         elif self.config.pack == "none":
             length = min(int(self.documents.lengths[index]), self.context - 2)
@@ -157,12 +171,16 @@ class MaskedLM(Objective):
             stop = start + size
         cut = int(rng.integers(start + 1, stop))
         follows = rng.random() < 0.5
-        first, second = self.documents.read(document, start, cut), (document, cut, stop)
-        if not follows:
-            second = self._elsewhere(document, cut, stop - cut, rng)
-        tokens = self._framed(first, self.documents.read(*second))
+        places = [(document, start, cut), (document, cut, stop)]
+        if not follows and self.config.sentence_order:
+            places.reverse()
+        elif not follows:
+            places[1] = self._elsewhere(document, cut, stop - cut, rng)
+        first, second = (self.documents.read(*place) for place in places)
+        tokens = self._framed(first, second)
         types = (np.arange(tokens.size) >= first.size + 2).astype(np.int64)
-        return tokens, {"token_type_ids": types, "targets.nsp": np.array(0 if follows else 1)}
+        head = "targets.sop" if self.config.sentence_order else "targets.nsp"
+        return tokens, {"token_type_ids": types, head: np.array(0 if follows else 1)}
 
     def _elsewhere(self, document: int, cut: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
         """A run of at most `size` tokens that does not follow token `cut` of a document."""
@@ -181,18 +199,26 @@ class MaskedLM(Objective):
         kept = max(0.0, 1 - config.mask - config.random)
         return clauses(
             f"masked language modelling: {config.probability:.4g} of the tokens of a row"
-            f"{', whole words,' if config.whole_word else ''} chosen anew each epoch "
+            f"{self._together()} chosen anew each epoch "
             f"({config.mask:.4g} masked, {config.random:.4g} random, {kept:.4g} kept)",
             *self._rows(),
             left_out(self.documents, self.least),
         )
 
+    def _together(self) -> str:
+        """What is hidden together, in words."""
+        words = "whole words" if self.config.whole_word else ""
+        if self.config.ngram == 1:
+            return f", {words}," if words else ""
+        return f", up to {self.config.ngram} {words or 'tokens'} together,"
+
     def _rows(self) -> list[str]:
         documents, pack = count(len(self.documents), "document"), self.config.pack
-        if self.config.next_sentence:
+        if self.config.pairs:
+            elsewhere = f"B comes from another {'place' if len(self.documents) == 1 else 'document'}"
             return [
                 f"{documents} give {count(len(self), 'pair')} [CLS] A [SEP] B [SEP], padded",
-                f"in half of them B comes from another {'place' if len(self.documents) == 1 else 'document'}",
+                f"in half of them {'A and B change places' if self.config.sentence_order else elsewhere}",
                 f"{self.config.short:.4g} of the pairs are shortened at random",
             ]
         if pack == "none":

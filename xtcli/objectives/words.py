@@ -9,6 +9,7 @@ from xtcli.errors import UserError, refuse
 from xtcli.objectives.base import Documents
 
 SHARED = "documents in one block see each other"
+LANES = "each row of a batch goes on where it ended in the batch before, and what was read there is remembered"
 
 
 def count(number: int, noun: str) -> str:

@@ -4,33 +4,67 @@
     key/value head j serves query heads j g ... (j + 1) g - 1, g = heads / kv_heads (arXiv:2305.13245)
 
 How q and k turn, which mask applies and which kernel runs is settled when the module is built; the
-forward is one straight line. Axes as in context.py.
+forward is one straight line. Its order is the one in which the options compose:
+
+    input positions, projections, heads, norms, rotation, cache, persistent keys, scores (scores.py), output (outs.py)
+
+Axes as in context.py.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from xtcli import registry
 from xtcli.parts import masks, norms, positions
-from xtcli.parts.context import Ctx, KeyValues, MemoryKeyValues, Visible
-from xtcli.parts.linear import Linear
+from xtcli.parts.context import Ctx, KeyValues, Memory, MemoryKeyValues, Visible
+from xtcli.parts.linear import Draw, Linear
 from xtcli.parts.masks import MaskSlot
 from xtcli.parts.norms import NormSlot, make_norm
+from xtcli.parts.outs import OutSlot, PlainOut
 from xtcli.parts.positions import PositionSlot
+from xtcli.parts.recurrence import joined
 from xtcli.parts.rotary import TURNS
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.scores import Softmax, add_scores, fused, plain
-from xtcli.registry import Config, Slot, field, part, part_of
+from xtcli.parts.scores import ScoreSlot, Sizes, Softmax, add_keys, add_scores, fused, plain
+from xtcli.registry import Config, field, part, part_of
+
+
+class Persistent(nn.Module):
+    """Keys and values that belong to the layer and that every query sees (Sukhbaatar et al. 2019, arXiv:1907.01470).
+
+    They stand on the left of the others, without positions, and take part in whatever the scores go through.
+    """
+
+    def __init__(self, groups: int, count: int, head_dim: int) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.empty(groups, count, head_dim))
+        self.v = nn.Parameter(torch.empty(groups, count, head_dim))
+
+    def draw(self, normal: Draw) -> None:
+        normal(self.k, 1.0)
+        normal(self.v, 1.0)
+
+    def join(self, k: Tensor, v: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Keys (normed as the others are) and values (B, G, S, D) -> (B, G, N + S, D)."""
+        first = norm(self.k).to(k.dtype)[None].expand(k.shape[0], -1, -1, -1)
+        second = self.v.to(v.dtype)[None].expand(v.shape[0], -1, -1, -1)
+        return torch.cat((first, k), dim=2), torch.cat((second, v), dim=2)
 
 
 class Heads(nn.Module):
-    """What self- and cross-attention share: projections, sizes, the kernel."""
+    """What self- and cross-attention share: projections, sizes, scores, output.
+
+    `honours` names the options that a kind lets act; one that does not come to its weights through `attend` leaves
+    out what it cannot do, and a config that asks for it is refused.
+    """
 
     reads_memory = False
+    honours: tuple[str, ...] = ("score", "memory", "out")
 
     class Config(registry.Config):
         """Sizes and scores of attention."""
@@ -43,7 +77,9 @@ class Heads(nn.Module):
         scale: float | None = field("multiplies q k; null = 1 / sqrt(head_dim)", None, gt=0)
         scale_by_depth: bool = field("divides the scores by the number of the layer, from 1", False)
         qk_norm: NormSlot = field("norm of each query and key head", norms.NONE)
-        score: Annotated[Config, Slot("score")] = field("scores to weights", Softmax.Config())
+        score: ScoreSlot = field("scores to weights", Softmax.Config())
+        memory: int | None = field("learned keys and values that every query sees", None, gt=0, tiny=4)
+        out: OutSlot = field("output projection", PlainOut.Config())
         dropout: float | None = field("dropout of the weights; null = model.dropout", None, ge=0, lt=1)
 
         def tiny(self) -> Self:
@@ -61,6 +97,9 @@ class Heads(nn.Module):
 
     def __init__(self, config: Config, scope: Scope, source: int) -> None:
         super().__init__()
+        for name, default in (("score", Softmax.Config()), ("memory", None), ("out", PlainOut.Config())):
+            if name not in self.honours and getattr(config, name) != default:
+                raise Impossible(name, f"'{config.kind}' makes its weights in a way of its own", f"leave {name} out")
         if config.head_dim is None and scope.dim % config.heads:
             near = [n for n in range(1, scope.dim + 1) if scope.dim % n == 0]
             best = sorted(sorted(near, key=lambda n: abs(n - config.heads))[:3])
@@ -85,23 +124,33 @@ class Heads(nn.Module):
         self.q = Linear(scope.dim, wide, config.bias, "query")
         self.k = Linear(source, narrow, config.bias)
         self.v = Linear(source, narrow, config.bias)
-        self.o = Linear(wide, scope.dim, config.bias if config.out_bias is None else config.out_bias, "output")
+        self.o = scope.make("out", config.out, wide, config.bias if config.out_bias is None else config.out_bias)
+        self.out_reads_input: bool = part_of(config.out).reads_input
         self.q_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
         self.k_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
-        score = part_of(config.score)
-        self.fused: bool = score.fused
-        self.kernel = fused if self.fused else partial(plain, kind=score, config=config.score)
+        self.memory = None if config.memory is None else Persistent(self.groups, config.memory, self.head_dim)
+        self.score = scope.make("score", config.score, Sizes(self.heads, config.memory or 0, self.reads_memory))
+        self.fused: bool = getattr(self.score, "fused", False)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(B, T, heads D) -> (B, heads, T, D)."""
         heads_apart: Tensor = x.unflatten(-1, (heads, self.head_dim))
         return heads_apart.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        """(B, H, T, D) and keys, values -> (B, T, dim)."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Visible, x: Tensor | None = None, ctx: Ctx | None = None
+    ) -> Tensor:
+        """(B, H, T, D) and keys, values (B, G, S, D) -> (B, T, dim); x (B, T, dim) is the sublayer's input."""
+        if self.memory is not None:
+            visible = add_keys(visible, self.memory.k.shape[1], q)
+            k, v = self.memory.join(k, v, self.k_norm)
         dropout = self.rate if self.training else 0.0
-        y = self.kernel(q, k, v, visible, self.scale, dropout)
-        return self.o(y.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        if self.fused:
+            y = fused(q, k, v, visible, self.scale, dropout)
+        else:
+            y = plain(q, k, v, visible, self.scale, dropout, self.score, ctx)
+        y = y.transpose(1, 2).flatten(-2)
+        return self.o(y, x) if self.out_reads_input else self.o(y)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.groups}, head_dim={self.head_dim}, scale={self.scale:.4g}"
@@ -119,56 +168,70 @@ class Attention(Heads):
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__(config, scope, scope.dim)
+        self.recurs = scope.recurrence is not None
         shared = scope.shared
         if shared is None:
             raise AssertionError("attention is built inside a stack")
+        position = (scope.position or positions.NONE) if config.position.kind == "inherit" else config.position
+        ways = positions.spread(position)
+        for reach, members in ways.items():
+            if len(members) > 1 and reach in ("turn", "input"):
+                raise Impossible("position", f"{len(members)} positions of kind '{members[0].kind}'", "state one")
+            for member in members:
+                self.scale *= getattr(part_of(member), "share", 1.0)
+        self.turn_keys = self.turn_queries = self.place = _unturned
+        self.store_turned = True
+        for member in ways.get("turn", ()):
+            number = shared.turn(member, scope, self.head_dim)
+            self.store_turned = getattr(shared.turns[number], "static", True)
+            turn = TURNS[member.layout]  # type: ignore[attr-defined]
+            self.turn_queries = partial(_turn_queries, turn=turn, number=number)
+            self.turn_keys = partial(_turn_keys, turn=turn, number=number)
+        for member in ways.get("input", ()):
+            self.place = scope.make("position", member)
+        added = positions.joined(ways.get("bias", ()))
+        bias = None if added is None else shared.bias(added, scope.at("", head_dim=self.head_dim), self.heads)
+        added = positions.joined(ways.get("relative", ()))
+        if added is not None and self.groups != self.heads:
+            raise Impossible("position", f"'{added.kind}' needs as many kv_heads as heads")
+        self.relative = None if added is None else scope.make("position", added, self.head_dim, heads=self.heads)
+        self.look(config, scope, bias)
+
+    def look(self, config: Any, scope: Scope, bias: int | None) -> None:
+        """Settle which keys are seen; `bias` is the number of what positions add to the scores."""
         rule = config.mask
         if rule.kind == "inherit":
             rule = masks.CAUSAL if scope.causal else masks.FULL
-        position = (scope.position or positions.NONE) if config.position.kind == "inherit" else config.position
-        kind = part_of(position)
-        self.turn_keys = self.turn_queries = _unturned
-        self.store_turned = True
-        self.relative: nn.Module | None = None
-        bias = None
-        reach = kind.reach
-        if reach == "turn":
-            number = shared.turn(position, scope, self.head_dim)
-            self.store_turned = getattr(shared.turns[number], "static", True)
-            turn = TURNS[position.layout]  # type: ignore[attr-defined]
-            self.turn_queries = partial(_turn_queries, turn=turn, number=number)
-            self.turn_keys = partial(_turn_keys, turn=turn, number=number)
-        elif reach == "bias":
-            bias = shared.bias(position, scope, self.heads)
-        elif reach == "relative":
-            if self.groups != self.heads:
-                raise Impossible("position", f"'{position.kind}' needs as many kv_heads as heads")
-            self.relative = scope.make("position", position, self.head_dim)
-        self.view = shared.view(rule, bias, False)
+        self.view: int = scope.shared.view(rule, bias, False)
 
-    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> KeyValues:
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> KeyValues | Memory:
         """An empty cache for `capacity` tokens."""
-        return KeyValues.new(batch, self.groups, capacity, self.head_dim, device, dtype)
+        cache = KeyValues.new(batch, self.groups, capacity, self.head_dim, device, dtype)
+        return Memory(cache=cache) if self.recurs else cache
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         """x (B, T, dim) -> (B, T, dim)."""
-        q = self.turn_queries(self.q_norm(self.split(self.q(x), self.heads)), ctx)
-        k = self.k_norm(self.split(self.k(x), self.groups))
-        v = self.split(self.v(x), self.groups)
+        placed = self.place(x, ctx)
+        q = self.turn_queries(self.q_norm(self.split(self.q(placed), self.heads)), ctx)
+        source, ctx = joined(x, ctx)
+        if source is not x:
+            placed = self.place(source, ctx.own_places())
+        k = self.k_norm(self.split(self.k(placed), self.groups))
+        v = self.split(self.v(source), self.groups)
         k, v = self.recall(k, v, ctx)
         visible = ctx.visible[self.view]
         if self.relative is not None:
             visible = add_scores(visible, self.relative.scores(q, k, ctx))  # type: ignore[operator]
-        return self.attend(q, k, v, visible)
+        return self.attend(q, k, v, visible, x, ctx)
 
     def recall(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """New keys and values joined to the cached ones, all turned: (B, G, S, D)."""
         if ctx.state is None:
             return self.turn_keys(k, ctx), v
         if self.store_turned:
-            return ctx.state.append(self.turn_keys(k, ctx), v, ctx.offset)  # type: ignore[no-any-return]
-        k, v = ctx.state.append(k, v, ctx.offset)
-        return self.turn_keys(k, ctx), v
+            k = self.turn_keys(k, ctx)
+        k, v = ctx.state.append(k, v, ctx.keys.shape[1] - k.shape[2])
+        return (k if self.store_turned else self.turn_keys(k, ctx)), v
 
 
 @part("mixer", "cross-attention")
@@ -180,10 +243,13 @@ class CrossAttention(Heads):
     class Config(Heads.Config):
         """Attention over the encoder's memory."""
 
+        required: bool = field("refuses to run without a memory; false: is passed over then", False)
+
     def __init__(self, config: Config, scope: Scope) -> None:
         if scope.memory is None:
             raise Impossible("", "cross-attention needs an encoder's memory", "use it in a decoder that has one")
         super().__init__(config, scope, scope.memory)
+        self.required = config.required
 
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> MemoryKeyValues:
         """Keys and values of the memory, made at the first step."""
@@ -193,7 +259,7 @@ class CrossAttention(Heads):
         """x (B, T, dim), ctx.memory (B, M, D_m) -> (B, T, dim)."""
         q = self.q_norm(self.split(self.q(x), self.heads))
         k, v = self.recall(ctx)
-        return self.attend(q, k, v, ctx.memory_visible)
+        return self.attend(q, k, v, ctx.memory_visible, x, ctx)
 
     def recall(self, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Keys and values of the memory: (B, G, M, D)."""

@@ -1,6 +1,7 @@
 """Embeddings: what enters the network -> x (B, T, D).
 
-    tokens     x = dropout(norm(token table * scale + positions + segments))
+    tokens      x = dropout(norm(token table * scale + positions + segments))
+    factorised  the same in a narrow width, and a projection to dim on the way (Lan et al. 2019, arXiv:1909.11942)
 
 Absolute positions are a slot of their own:
 
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx
-from xtcli.parts.linear import Table
+from xtcli.parts.linear import Linear, Table
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.scope import Impossible, Scope
+from xtcli.parts.segments import QUESTION, behind
 from xtcli.registry import Config, Slot, field, part
 
 
@@ -51,6 +53,7 @@ class LearnedPlaces(nn.Module):
         """Learned absolute positions."""
 
         offset: int = field("place p reads row p + offset; the rows before are kept but idle", 0, ge=0)
+        dropout: float = field("dropout of these vectors before they are added", 0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
@@ -59,9 +62,11 @@ class LearnedPlaces(nn.Module):
         self.offset = config.offset
         self.limit = scope.context
         self.table = Table(scope.context + config.offset, scope.dim)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        return x + self.table(places + self.offset)  # type: ignore[no-any-return]
+        rows = self.table(places + self.offset)
+        return x + self.dropout(rows.expand(x.shape[0], -1, -1) if self.dropout.p else rows)  # type: ignore[no-any-return]
 
 
 @part("absolute", "sinusoidal")
@@ -129,18 +134,40 @@ class Tokens(Embedding):
         segments: int | Literal["tokens"] | None = field(
             "rows of a segment table; 'tokens' reads segment ids from the token table", None
         )
+        separator: int | None = field(
+            "id of the token that ends the first text: where no segments are given, what follows it is segment 1",
+            None,
+            ge=0,
+            tiny=511,
+        )
         scale: float | Literal["sqrt-dim"] = field("multiplies token vectors", 1.0)
+        scale_given: bool = field("multiplies vectors given in place of ids too", True)
+        token_dropout: float = field("dropout of token vectors before anything is added", 0.0, ge=0, lt=1)
         norm: NormSlot = field("norm of the sum", norms.NONE)
         dropout: float | None = field("dropout of the sum; null = model.dropout", None, ge=0, lt=1)
 
-    def __init__(self, config: Config, scope: Scope, shares: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        scope: Scope,
+        shares: bool = False,
+        summed: Scope | None = None,
+        normed: Scope | None = None,
+    ) -> None:
+        """`summed` and `normed` are the scopes of what is added and of the norm where `scope` has another width."""
         super().__init__()
+        summed, normed = summed or scope, normed or scope
         self.tokens = None if shares else Table(scope.vocab, scope.dim)
         self.scale = math.sqrt(scope.dim) if config.scale == "sqrt-dim" else float(config.scale)
-        self.positions = scope.make("positions", config.positions)
-        self.segments = Table(config.segments, scope.dim) if isinstance(config.segments, int) else None
+        self.scale_given = self.scale if config.scale_given else 1.0
+        self.positions = summed.make("positions", config.positions)
+        self.segments = Table(config.segments, summed.dim) if isinstance(config.segments, int) else None
         self.segments_read_tokens = config.segments == "tokens"
-        self.norm = make_norm(scope, "norm", config.norm)
+        self.separator = config.separator
+        if config.separator is not None:
+            self.reads = (QUESTION,)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.norm = make_norm(normed, "norm", config.norm)
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
 
     @property
@@ -148,14 +175,73 @@ class Tokens(Embedding):
         """The most places there are, or None."""
         return self.positions.limit  # type: ignore[return-value]
 
+    def read(self, ids: Tensor | None, vectors: Tensor | None, ctx: Ctx) -> Tensor:
+        """The vectors of the tokens, scaled."""
+        x = F.embedding(ids, ctx.table) if vectors is None else vectors  # type: ignore[arg-type]
+        scale = self.scale if vectors is None else self.scale_given
+        return self.token_dropout(x * scale if scale != 1.0 else x)  # type: ignore[no-any-return]
+
+    def add(self, x: Tensor, segments: Tensor | None, ctx: Ctx) -> Tensor:
+        """x with positions and segments."""
+        counted = getattr(self.positions, "counted", None)
+        x = self.positions(x, ctx.positions if counted is None else counted(ctx))
+        if segments is None and self.separator is not None:
+            segments = behind(ctx.ids, ctx.extras, self.separator, x.shape[1])
+        if self.segments is not None:
+            return x + (self.segments.weight[0] if segments is None else self.segments(segments))  # type: ignore[no-any-return]
+        if self.segments_read_tokens and segments is not None:
+            return x + F.embedding(segments, ctx.table)  # type: ignore[arg-type]
+        if segments is not None:
+            raise ValueError("token_type_ids were given, but this architecture has no segments")
+        return x
+
+    def unprojected(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
+        """All but a projection: ids (B, T) or vectors (B, T, E); segments (B, T) or None for segment 0 -> (B, T, E)."""
+        return self.dropout(self.norm(self.add(self.read(ids, vectors, ctx), segments, ctx)))  # type: ignore[no-any-return]
+
     def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
         """ids (B, T) or vectors (B, T, D); segments (B, T) or None for segment 0 -> (B, T, D)."""
-        x = F.embedding(ids, ctx.table) if vectors is None else vectors  # type: ignore[arg-type]
-        x = self.positions(x * self.scale if self.scale != 1.0 else x, ctx.positions)
-        if self.segments is not None:
-            x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
-        elif self.segments_read_tokens and segments is not None:
-            x = x + F.embedding(segments, ctx.table)  # type: ignore[arg-type]
-        elif segments is not None:
-            raise ValueError("token_type_ids were given, but this architecture has no segments")
-        return self.dropout(self.norm(x))  # type: ignore[no-any-return]
+        return self.unprojected(ids, vectors, segments, ctx)
+
+
+STAGES = ("tokens", "sum", "norm", "dropout")
+
+
+@part("embed", "factorised")
+class Factorised(Tokens):
+    """A narrow token table, E wide, and a projection to the width of the model; `width` is E.
+
+    What stands before the projection is E wide: the token table always, then positions and segments, then the norm.
+    Vectors given in place of ids are E wide.
+    """
+
+    class Config(Tokens.Config):
+        """Token, position and segment embeddings in a width of their own, projected to dim."""
+
+        width: int = field("width of the token table's rows", gt=0, tiny=32, example=24)
+        project_after: Literal["tokens", "sum", "norm", "dropout"] = field(
+            "the step behind which the projection stands: token vectors, positions and segments, norm, dropout",
+            "dropout",
+        )
+        project_bias: bool = field("adds a bias to the projection", True)
+
+    def __init__(self, config: Config, scope: Scope, shares: bool = False) -> None:
+        stage = STAGES.index(config.project_after)
+        narrow = scope.at("", dim=config.width)
+        super().__init__(config, narrow, shares, narrow if stage > 0 else scope, narrow if stage > 1 else scope)
+        if shares and config.width != (scope.table or scope.dim):
+            raise Impossible("width", f"is {config.width}, the shared token table's is {scope.table or scope.dim}")
+        if stage == 0 and self.segments_read_tokens:
+            raise Impossible("segments", "'tokens' adds rows of the token table, which are projected before the sum")
+        self.width, self.stage = config.width, stage
+        self.project = Linear(config.width, scope.dim, config.project_bias)
+
+    def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
+        """ids (B, T) or vectors (B, T, E); segments (B, T) or None for segment 0 -> (B, T, D)."""
+        x = self.lift(0, self.read(ids, vectors, ctx))
+        x = self.lift(1, self.add(x, segments, ctx))
+        return self.lift(3, self.dropout(self.lift(2, self.norm(x))))
+
+    def lift(self, stage: int, x: Tensor) -> Tensor:
+        """x, projected where this is the stage for it."""
+        return self.project(x) if stage == self.stage else x

@@ -9,13 +9,14 @@ only its import changed. Axes as in context.py; B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from xtcli import registry
+from xtcli.parts.auxiliary import Auxiliaries, Side, make_auxiliaries
 from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.heads import Head, Hidden, collect
@@ -23,9 +24,10 @@ from xtcli.parts.init import Initialiser, NormalInit
 from xtcli.parts.norms import LayerNorm, NormSlot
 from xtcli.parts.outputs import Output, Term
 from xtcli.parts.pooled import Pooler, PoolerConfig, refuse_without_pooler
+from xtcli.parts.recurrence import given, left, refuse_absolute
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.stack import Block, StackSlot
-from xtcli.parts.tower import Tower
+from xtcli.parts.stack import StackSlot, applied
+from xtcli.parts.tower import Tower, table_width
 from xtcli.registry import Config, Kinds, Slot, field, part, part_of
 
 EmbedSlot = Annotated[Config, Slot("embed")]
@@ -48,9 +50,12 @@ class Graph(nn.Module):
         pad: int | None = field("id of the padding token", None, ge=0, tiny=511)
         start: int | None = field("id that a decoder's text starts with; null = pad", None, ge=0, tiny=511)
         heads: Annotated[dict[str, Config], Kinds("head")] = field("outputs, by kind", {})
+        auxiliary: Annotated[dict[str, Config], Kinds("auxiliary")] = field("losses of routers, by kind", {})
 
     config: Config
     heads: nn.ModuleDict
+    auxiliary: Auxiliaries
+    sides: tuple[Side, ...] = (Side("", "input_ids", "attention_mask"),)
 
     def begin(self, config: Config, scope: Scope | None) -> Scope:
         """The root scope."""
@@ -68,13 +73,20 @@ class Graph(nn.Module):
         )
 
     def make_heads(self, scope: Scope, pooled: bool) -> nn.ModuleDict:
-        """The heads, by kind."""
+        """The heads, by kind; beside them the losses of routers."""
+        self.auxiliary = make_auxiliaries(self.config.auxiliary, self, scope)
         for name, head in self.config.heads.items():
             try:
                 refuse_without_pooler(name, head, pooled)
             except Impossible as mistake:
                 scope.file(mistake)
-        return nn.ModuleDict({name: scope.make(f"heads.{name}", head) for name, head in self.config.heads.items()})
+        return nn.ModuleDict(
+            {name: self.head_scope(name, scope).make(f"heads.{name}", head) for name, head in self.config.heads.items()}
+        )
+
+    def head_scope(self, name: str, scope: Scope) -> Scope:
+        """The scope that one head is built in."""
+        return scope
 
     @property
     def dim(self) -> int:
@@ -103,7 +115,7 @@ class Graph(nn.Module):
 
     def initialise(self, seed: int) -> None:
         """Draw fresh weights in place."""
-        sublayers = sum(len(block.names) for block in self.modules() if isinstance(block, Block))
+        sublayers = sum(len(block.names) for block in applied(self))
         drawn: Initialiser = part_of(self.config.init)(self.config.init, sublayers)
         drawn.draw(self, self.config.dim, seed)
 
@@ -126,21 +138,39 @@ class Graph(nn.Module):
         labels = {name: value for name, value in given.items() if name in wanted}
         return labels, {name: value for name, value in given.items() if name not in wanted}
 
-    def answer(self, hidden: Hidden, labels: Mapping[str, Tensor | None]) -> Output:
-        """Loss and outputs of all heads."""
+    @staticmethod
+    def members(config: Any) -> dict[str, tuple[Config, str]]:
+        """The models that a graph of several holds: name -> (config, what precedes the tensors it has alone)."""
+        return {}
+
+    def read_by(self, head: str, hidden: Hidden) -> Hidden:
+        """What one head reads of what a call has made."""
+        return hidden
+
+    def answer(
+        self, hidden: Hidden, labels: Mapping[str, Tensor | None], output_router_logits: bool | None = None
+    ) -> Output:
+        """Loss and outputs of all heads, and of routers where they are wanted."""
         heads: Any = self.heads
-        return collect(heads, hidden, labels, self.causal)
+        out = collect(heads, hidden, labels, self.causal, self.read_by)
+        self.auxiliary.report(out, hidden.ledger, self, output_router_logits)
+        return out
 
     def losses(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Term]:
-        """The loss terms of aligned targets, by head; see data/batch.py."""
-        return self.terms(self.hidden(**inputs), targets)
+        """The loss terms of aligned targets, by head, and of routers, by kind; see data/batch.py."""
+        hidden = self.hidden(**inputs)
+        return self.terms(hidden, targets) | self.auxiliary.terms(hidden.ledger, self.sides)
+
+    def units(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """What the losses of routers are divided by, from the inputs of a whole step."""
+        return self.auxiliary.units(inputs, self.sides)
 
     def terms(self, hidden: Hidden, targets: Mapping[str, Tensor]) -> dict[str, Term]:
         """`losses` of states that are already there."""
         terms = {}
         for name, wanted in targets.items():
             head: Head = self.heads[name]  # type: ignore[assignment]
-            terms[name] = head.loss(hidden, wanted)
+            terms[name] = head.loss(self.read_by(name, hidden), wanted)
         return terms
 
     def hidden(self, **inputs: Any) -> Hidden:
@@ -156,6 +186,7 @@ class OneStack(Graph, Tower):
 
         embed: EmbedSlot = field("what enters", Tokens.Config())
         stack: StackSlot = field("the blocks")
+        memory_tokens: int | None = field("learned tokens in front of the text, through all layers", None, gt=0, tiny=4)
         pooler: PoolerConfig | None = field("a vector for the whole text, from its first state", None)
         memory: int | None = field("width of an encoder's memory that cross-attention reads", None, gt=0, tiny=64)
 
@@ -165,8 +196,14 @@ class OneStack(Graph, Tower):
         if config.memory is not None:
             scope = scope.at("", memory=config.memory)
         self.embed = scope.make("embed", config.embed)
-        self.stack = scope.make("stack", config.stack)
-        above = scope.at("", dim=getattr(self.stack, "width", scope.dim), table=getattr(self.embed, "width", None))
+        self.make_stack(config.stack, scope, config.memory_tokens)
+        refuse_absolute(self, scope)
+        above = scope.at(
+            "",
+            dim=getattr(self.stack, "width", scope.dim),
+            table=table_width(self.embed, scope),
+            bands=getattr(self.embed, "bands", None),
+        )
         self.pooler = None if config.pooler is None else Pooler(config.pooler, above)
         self.heads = self.make_heads(above, self.pooler is not None)
         scope.settle()
@@ -188,9 +225,13 @@ class OneStack(Graph, Tower):
         state: ModelState | None = None,
         trace: list[Tensor] | None = None,
         mc_token_ids: Tensor | None = None,
+        mems: Sequence[Tensor] | Tensor | None = None,
+        use_mems: bool | None = None,
         **extras: Tensor,
     ) -> Hidden:
         """Run embedding and stack; inputs as in `forward`."""
+        if self.recurrence is None and (mems is not None or use_mems):
+            extras["mems"] = mems  # type: ignore[assignment]
         self.check_extras(extras)
         choices = None
         rows = input_ids if input_ids is not None else inputs_embeds
@@ -201,7 +242,13 @@ class OneStack(Graph, Tower):
                 value.flatten(0, 1) if value is not None and value.dim() == 3 else value
                 for value in (input_ids, attention_mask, token_type_ids, position_ids)
             )
+            grouped = rows.shape[:2]
+            extras = {
+                name: value.flatten(0, 1) if value.dim() > 2 and value.shape[:2] == grouped else value
+                for name, value in extras.items()
+            }
         ledger = Ledger()
+        memories: list[Any] = []
         states, keep = Tower.forward(
             self,
             input_ids,
@@ -216,11 +263,16 @@ class OneStack(Graph, Tower):
             trace=trace,
             extras=extras,
             ledger=ledger,
+            old=None if mems is None else given(mems, self.stack),
+            memories=memories,
         )
         pooled = None if self.pooler is None else self.pooler(states)
-        return Hidden(
+        hidden = Hidden(
             states, self.table(), pooled, input_ids, keep, choices, mc_token_ids, extras=extras, ledger=ledger
         )
+        if state is None and self.recurrence is not None and self.recurrence.gives(self.training, use_mems, mems):
+            hidden.mems = left(memories)
+        return hidden
 
     def forward(  # type: ignore[override]
         self,
@@ -241,6 +293,9 @@ class OneStack(Graph, Tower):
         encoder_attention_mask: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
+        mems: Sequence[Tensor] | Tensor | None = None,
+        use_mems: bool | None = None,
         **extras: Tensor | None,
     ) -> Output:
         """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
@@ -250,9 +305,11 @@ class OneStack(Graph, Tower):
         other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
         causal model. state: from `new_state`; then attention_mask covers past and new tokens.
         Without encoder_hidden_states, cross-attention is passed over and the decoder runs alone.
+        output_router_logits: whether scores and losses of routers are returned, and the losses added to `loss`; None:
+        as `auxiliary` says.
         extras: inputs that only some architectures read (`self.accepts`); labels of heads by their own names.
         """
-        labels_by_name, given = self.parted(extras)
+        labels_by_name, inputs = self.parted(extras)
         trace: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.hidden(
             input_ids,
@@ -266,7 +323,9 @@ class OneStack(Graph, Tower):
             state,
             trace,
             mc_token_ids,
-            **given,
+            mems,
+            use_mems,
+            **inputs,
         )
         labelled = {
             "labels": labels,
@@ -276,10 +335,12 @@ class OneStack(Graph, Tower):
             "end_positions": end_positions,
             **labels_by_name,
         }
-        out = self.answer(hidden, labelled)
+        out = self.answer(hidden, labelled, output_router_logits)
         out["last_hidden_state"] = hidden.grouped(hidden.states)
         if hidden.pooled is not None:
             out["pooler_output"] = hidden.pooled
+        if hidden.mems is not None:
+            out["mems"] = hidden.mems
         if trace is not None:
             out["hidden_states"] = tuple(trace)
         return out

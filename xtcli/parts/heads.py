@@ -11,7 +11,7 @@ language models) only those are multiplied with the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from xtcli.parts.context import Ledger
 from xtcli.parts.linear import Linear
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
-from xtcli.parts.scope import Scope
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
 
@@ -53,6 +53,8 @@ class Hidden:
         self.states, self.table, self.pooled, self.ids = states, table, pooled, ids
         self.keep, self.choices, self.picks, self.source = keep, choices, picks, source
         self.extras, self.ledger = extras or {}, ledger or Ledger()
+        self.others: dict[str, Hidden] = {}  # what further towers made, by name
+        self.mems: list[Tensor] | None = None  # what the mixers remember, as the field has it
 
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows (B, ...) as (questions, choices, ...) where there are choices."""
@@ -79,25 +81,36 @@ class Head(nn.Module):
         """The loss of aligned targets."""
         raise AssertionError("a head must give a loss")
 
+    def noted(self, hidden: Hidden, targets: Tensor) -> dict[str, Tensor]:
+        """Outputs that exist only beside targets."""
+        return {}
+
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         """Aligned targets from what the caller named, or None."""
         return labels.get(self.label)
 
 
+def refuse_without_table(tied: bool, scope: Scope) -> None:
+    """Raises Impossible where a head is tied to a token table that is not there."""
+    if tied and scope.table == 0:
+        raise Impossible("tied", "there is no token table to be tied to: what enters are no tokens", "set tied: false")
+
+
 @part("transform", "none")
 class NoTransform(nn.Identity):
-    """The states as they are."""
+    """The states as they are; `width` is that of what comes out."""
 
     class Config(registry.Config):
         """No transform."""
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.width = scope.dim
 
 
 @part("transform", "dense")
 class DenseTransform(nn.Module):
-    """norm(act(dense(h))), as BERT's heads have it."""
+    """norm(act(dense(h))), as BERT's heads have it; what comes out is as wide as the token table's rows."""
 
     class Config(registry.Config):
         """A dense layer, an activation and a norm."""
@@ -107,12 +120,30 @@ class DenseTransform(nn.Module):
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
-        self.dense = Linear(scope.dim, scope.dim, True)
+        self.width = scope.table or scope.dim
+        self.dense = Linear(scope.dim, self.width, True)
         self.act = ACTIVATIONS[config.act]
-        self.norm = make_norm(scope, "norm", config.norm)
+        self.norm = make_norm(scope, "norm", config.norm, dim=self.width)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.norm(self.act(self.dense(states)))  # type: ignore[no-any-return]
+
+
+@part("transform", "activation")
+class ActivationTransform(nn.Module):
+    """act(h)."""
+
+    class Config(registry.Config):
+        """An activation alone."""
+
+        act: Activation = field("activation", "gelu")
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.width, self.act = scope.dim, ACTIVATIONS[config.act]
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.act(states)
 
 
 @part("head", "lm")
@@ -123,7 +154,7 @@ class LanguageModel(Head):
         """Language-model head."""
 
         tied: bool = field("uses the token table as its matrix", True)
-        bias: bool = field("adds a bias", False)
+        bias: bool | Literal["fixed"] = field("adds a bias; fixed: one that training leaves as it is", False)
         scale: float | Literal["inverse-sqrt-dim"] = field("multiplies the hidden states", 1.0)
         softcap: float | None = field("bends logits into (-cap, cap)", None, gt=0)
         transform: Annotated[Config, Slot("transform")] = field("what comes before the matrix", NoTransform.Config())
@@ -132,8 +163,19 @@ class LanguageModel(Head):
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
         self.transform = scope.make("transform", config.transform)
-        self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
-        self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
+        width = getattr(self.transform, "width", scope.dim)
+        refuse_without_table(config.tied, scope)
+        if config.tied and width != (scope.table or scope.dim):
+            raise Impossible(
+                "tied",
+                f"the states are {width} wide, the token table's rows {scope.table}",
+                "set transform: dense, or tied: false",
+            )
+        self.decoder = None if config.tied else Linear(width, scope.vocab, False, "head")
+        if config.bias == "fixed":
+            self.register_buffer("bias", torch.zeros(scope.vocab))
+        else:
+            self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
         self.scale = scope.dim**-0.5 if config.scale == "inverse-sqrt-dim" else float(config.scale)
         self.cap, self.shift = config.softcap, config.shift
 
@@ -174,10 +216,12 @@ class MaskedLanguageModel(Head):
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
-        self.dense = Linear(scope.dim, scope.dim, True)
+        refuse_without_table(config.tied, scope)
+        width = scope.table or scope.dim
+        self.dense = Linear(scope.dim, width, True)
         self.act = ACTIVATIONS[config.act]
-        self.norm = make_norm(scope, "norm", config.norm)
-        self.decoder = None if config.tied else Linear(scope.dim, scope.vocab, False, "head")
+        self.norm = make_norm(scope, "norm", config.norm, dim=width)
+        self.decoder = None if config.tied else Linear(width, scope.vocab, False, "head")
         self.bias = nn.Parameter(torch.zeros(scope.vocab))
         self.output = config.output
 
@@ -247,15 +291,32 @@ class Span(Head):
         return None if start is None or end is None else torch.stack((start.reshape(-1), end.reshape(-1)), dim=-1)
 
 
-def collect(heads: Mapping[str, Head], hidden: Hidden, labels: Labels, causal: bool) -> Output:
-    """Loss first, then every head's outputs."""
+SPEAKING = ("lm", "adaptive")
+"""Kinds of heads that give the next token."""
+
+
+def speaker(heads: Iterable[str]) -> str | None:
+    """The head among these that gives the next token."""
+    return next((name for name in heads if name in SPEAKING), None)
+
+
+def collect(
+    heads: Mapping[str, Head],
+    hidden: Hidden,
+    labels: Labels,
+    causal: bool,
+    read_by: Callable[[str, Hidden], Hidden] = lambda name, hidden: hidden,
+) -> Output:
+    """Loss first, then every head's outputs; `read_by` says what a head reads of what was made."""
     out = Output()
     losses: dict[str, Any] = {}
     made: dict[str, Tensor] = {}
-    for head in heads.values():
-        made |= head.outputs(hidden)
+    for name, head in heads.items():
+        read = read_by(name, hidden)
+        made |= head.outputs(read)
         targets = head.targets(labels, causal)
         if targets is not None:
-            losses[head.loss_name] = losses.get(head.loss_name, 0.0) + head.share * head.loss(hidden, targets).mean()
+            losses[head.loss_name] = losses.get(head.loss_name, 0.0) + head.share * head.loss(read, targets).mean()
+            made |= head.noted(read, targets)
     out.update(losses | made)
     return out

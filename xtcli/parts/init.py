@@ -5,7 +5,8 @@
     fan_in   N(0, 1 / fan in) for matrices, N(0, 1) for tables; query matrices also divide by sqrt(head
              width), which stands in for the scaling of the scores (T5, Mesh TensorFlow)
 
-Biases are 0 and gains 1. A part with parameters of its own kind draws them in `reset_parameters`.
+Biases are 0 and gains 1. A part with parameters of its own kind draws them in `draw(normal)`, where
+`normal(weight, std)` fills one from the model's seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from xtcli import registry
 from xtcli.parts.attention import Heads
+from xtcli.parts.experts import ExpertLinear
 from xtcli.parts.linear import Linear
 from xtcli.parts.norms import LayerNorm, RMSNorm
 from xtcli.registry import Config, field, part
@@ -28,7 +30,7 @@ class Initialiser:
     def __init__(self, config: Config, sublayers: int) -> None:
         raise AssertionError("an init kind must draw weights")
 
-    def matrix(self, module: Linear, head_dim: int | None) -> float:
+    def matrix(self, module: Linear | ExpertLinear, head_dim: int | None) -> float:
         """Standard deviation of a linear layer's weight."""
         raise AssertionError
 
@@ -48,7 +50,7 @@ class Initialiser:
 
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear | ExpertLinear):
                     owner = owners.get(id(module))
                     normal(module.weight, self.matrix(module, owner.head_dim if owner else None))
                     if module.bias is not None:
@@ -57,11 +59,16 @@ class Initialiser:
                     normal(module.weight, self.table(module, width))
                 elif isinstance(module, LayerNorm | RMSNorm):
                     module.reset_parameters()
+                elif callable(own := getattr(module, "draw", None)):
+                    own(normal)
                 else:
                     for name, parameter in module.named_parameters(recurse=False):
                         if name != "bias":
                             raise AssertionError(f"{type(module).__name__}.{name} has no initialisation")
                         parameter.zero_()
+                    for name, buffer in module.named_buffers(recurse=False):
+                        if name == "bias":
+                            buffer.zero_()
 
 
 @part("init", "normal")
@@ -78,7 +85,7 @@ class NormalInit(Initialiser):
         self.std = config.std
         self.output_std = config.std / math.sqrt(max(sublayers, 1)) if config.residual else config.std
 
-    def matrix(self, module: Linear, head_dim: int | None) -> float:
+    def matrix(self, module: Linear | ExpertLinear, head_dim: int | None) -> float:
         return self.output_std if module.role == "output" else self.std
 
     def table(self, module: nn.Embedding, width: int) -> float:
@@ -97,7 +104,7 @@ class FanInInit(Initialiser):
     def __init__(self, config: Config, sublayers: int) -> None:
         self.factor = config.factor
 
-    def matrix(self, module: Linear, head_dim: int | None) -> float:
+    def matrix(self, module: Linear | ExpertLinear, head_dim: int | None) -> float:
         if module.role == "head":
             return self.factor
         return float(self.factor * (module.in_features * (head_dim or 1)) ** -0.5)

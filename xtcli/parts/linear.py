@@ -6,12 +6,16 @@ Roles: `input` (most), `query` (scores are made from it), `output` (writes to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 Role = Literal["input", "query", "output", "head"]
+
+Draw = Callable[[Tensor, float], None]
+"""Fills a tensor from N(0, std) by the model's seed; what parts with parameters of their own kind are given."""
 
 
 class Linear(nn.Linear):

@@ -138,6 +138,7 @@ def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: boo
     plain = ctx.keep is None and ctx.documents is None and bias is None and not dense
     if plain and rule.kind == "full":
         return Visible()
+    plain = plain and not ctx.prefix_reads
     if plain and rule.kind == "causal" and queries == 1:
         return Visible()
     if plain and rule.kind == "causal" and queries == span:
@@ -146,9 +147,13 @@ def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: boo
     q = torch.arange(ctx.offset, ctx.offset + queries, device=device)[:, None]
     k = torch.arange(span, device=device)[None, :]
     seen = allowed(rule, q, k)[None, None]  # (1, 1, T, S)
+    if ctx.prefix:
+        seen = seen | ((k < ctx.prefix) & (k <= q))
+    if ctx.prefix_reads:
+        seen = seen | (k < ctx.prefix) | (q < ctx.prefix)
     if ctx.documents is not None:
         own = ctx.documents[:, None, ctx.offset : ctx.offset + queries, None]
-        seen = seen & (own == ctx.documents[:, None, None, :])
+        seen = seen & ((own == ctx.documents[:, None, None, :]) | (k < ctx.prefix))
     if ctx.keep is not None:
         seen = seen & ctx.keep[:, None, None, :]
         seen = seen | (~seen.any(-1, keepdim=True) & (q == k))

@@ -1,12 +1,15 @@
 """Norms: x -> x of the same width.
 
-    layer   (x - mean) / sqrt(var + eps) * weight + bias      Ba et al. 2016, arXiv:1607.06450
-    rms     x / sqrt(mean(x^2) + eps) * weight                Zhang, Sennrich 2019, arXiv:1910.07467
-    none    x
-    inherit the model's norm
+    layer       (x - mean) / sqrt(var + eps) * weight + bias     Ba et al. 2016, arXiv:1607.06450
+    rms         x / sqrt(mean(x^2) + eps) * weight               Zhang, Sennrich 2019, arXiv:1910.07467
+    simple-rms  x / sqrt(mean(x^2) + eps)                        Qin et al. 2023, arXiv:2307.14995
+    scale       x / max(|x|, eps) * weight, a single number      Nguyen, Salazar 2019, arXiv:1910.05895
+    unit        x / max(|x|, eps), in groups of the axis         Henry et al. 2020, arXiv:2010.04245
+    none        x
+    inherit     the model's norm
 
-RMS statistics are float32 whatever the input; the gain multiplies after the cast back, as T5 and
-Llama do. `offset` adds a constant to the stored gain (Gemma stores w and multiplies by 1 + w).
+RMS statistics and lengths are float32 whatever the input; the gain multiplies after the cast back, as
+T5 and Llama do. `offset` adds a constant to the stored gain (Gemma stores w and multiplies by 1 + w).
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from xtcli import registry
-from xtcli.parts.linear import widen
-from xtcli.parts.scope import Scope
+from xtcli.parts.linear import Draw, widen
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
 NormSlot = Annotated[Config, Slot("norm")]
@@ -64,6 +67,81 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+@part("norm", "simple-rms")
+class SimpleRMSNorm(nn.Module):
+    """Root mean square over the last axis; no parameters."""
+
+    class Config(registry.Config):
+        """Root-mean-square normalisation without a gain."""
+
+        eps: float = field("added to the mean square", 1e-6, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.eps = config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+@part("norm", "scale")
+class ScaleNorm(nn.Module):
+    """Every vector gets one learned length, which starts at sqrt(dim)."""
+
+    class Config(registry.Config):
+        """A learned length."""
+
+        eps: float = field("the least length that is divided by", 1e-5, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.eps, self.start = config.eps, scope.dim**0.5
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def draw(self, normal: Draw) -> None:
+        self.weight.fill_(self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x, self.eps) * self.weight
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+@part("norm", "unit")
+class UnitNorm(nn.Module):
+    """Vectors of length 1. As `qk_norm`, with `scale: 10`, it makes attention compare by the cosine."""
+
+    class Config(registry.Config):
+        """Length 1."""
+
+        groups: int = field("equal parts of the vector that each get length 1", 1, gt=0)
+        eps: float = field("the least length that is divided by", 1e-12, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        if scope.dim % config.groups:
+            raise Impossible("groups", f"{config.groups} groups do not divide a width of {scope.dim}")
+        self.groups, self.eps = config.groups, config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x.unflatten(-1, (self.groups, -1)), self.eps).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, eps={self.eps}"
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / max(|x|, eps) over the last axis."""
+    wide = widen(x)
+    length: Tensor = wide.norm(dim=-1, keepdim=True)
+    return (wide / length.clamp(min=eps)).to(x.dtype)
 
 
 @part("norm", "none")

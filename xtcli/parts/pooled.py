@@ -2,6 +2,7 @@
 
     pooler     act(dense(first state))                        BERT
     nsp        is the second text the next one?               Devlin et al. 2018
+    sop        do two texts stand in their order?             Lan et al. 2019, arXiv:1909.11942
     sequence   one label (or number) for a text
     choice     which of several texts fits best
     summary    the same beside a language model, from one state of each text
@@ -12,7 +13,7 @@ of the last end token, or the mean of the real ones.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from torch.nn import functional as F
 
 from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
-from xtcli.parts.heads import Head, Hidden, Labels
+from xtcli.parts.heads import Head, Hidden, Labels, NoTransform
 from xtcli.parts.linear import Linear
 from xtcli.parts.outputs import Term, cross_entropy
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.registry import Config, field, part
+from xtcli.registry import Config, Slot, field, part
 
-Pick = Literal["pooled", "first", "last", "end", "mean"]
+Pick = Literal["pooled", "first", "last", "before-pad", "end", "mean"]
 
 
 class PoolerConfig(Config):
@@ -63,6 +64,14 @@ def last_real(hidden: Hidden, pad: int | None) -> Tensor:
     return (places * real).argmax(-1)
 
 
+def before_pad(hidden: Hidden, pad: int | None) -> Tensor:
+    """The place (B,) before the first padding token; the last place where there is none, or none is known."""
+    length = hidden.states.shape[1]
+    if hidden.ids is None or pad is None:
+        return torch.full((hidden.states.shape[0],), length - 1, device=hidden.states.device)
+    return ((hidden.ids == pad).int().argmax(-1) - 1) % length
+
+
 def last_end(hidden: Hidden, end: int) -> Tensor:
     """The place (B,) of the last `end` token, in an encoder-decoder that of the source."""
     ids = hidden.ids if hidden.source is None else hidden.source
@@ -82,6 +91,8 @@ def pick_vector(hidden: Hidden, pick: Pick, pad: int | None, end: int = 0) -> Te
         return hidden.pooled
     if pick == "first":
         return hidden.states[:, 0]
+    if pick == "before-pad":
+        return hidden.states[torch.arange(hidden.states.shape[0], device=hidden.states.device), before_pad(hidden, pad)]
     if pick in ("last", "end"):
         rows = torch.arange(hidden.states.shape[0], device=hidden.states.device)
         return hidden.states[rows, last_real(hidden, pad) if pick == "last" else last_end(hidden, end)]
@@ -118,6 +129,30 @@ class NextSentence(Head):
         return cross_entropy(self.outputs(hidden)[self.output], targets.reshape(-1))
 
 
+@part("head", "sop")
+class SentenceOrder(Head):
+    """Logits on the pooled vector: 0 the two texts stand in their order, 1 they have changed places."""
+
+    label = "sentence_order_label"
+
+    class Config(registry.Config):
+        """Sentence-order prediction."""
+
+        labels: int = field("number of outputs", 2, ge=2)
+        dropout: float | None = field("dropout before the classifier; null = model.dropout", None, ge=0, lt=1)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        self.classifier = Linear(scope.dim, config.labels, True, "head")
+
+    def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
+        return {"sop_logits": self.classifier(self.dropout(pick_vector(hidden, "pooled", None)))}
+
+    def loss(self, hidden: Hidden, targets: Tensor) -> Term:
+        return cross_entropy(self.outputs(hidden)["sop_logits"], targets.reshape(-1))
+
+
 @part("head", "sequence")
 class SequenceLabels(Head):
     """A linear classifier, or dense - act - linear, on one vector of each text."""
@@ -128,7 +163,9 @@ class SequenceLabels(Head):
         labels: int = field("number of labels", 2, gt=0)
         pick: Pick = field("which vector stands for the text", "pooled")
         end: int = field("id of the end token, for `pick: end`", 1, ge=0)
-        hidden: bool = field("a dense layer and `act` come before the classifier", False)
+        hidden: bool | int = field(
+            "a dense layer and `act` come before the classifier; a number is that layer's width", False
+        )
         act: Activation = field("activation of that layer", "tanh")
         bias: bool = field("adds biases", True)
         dropout: float | None = field("dropout before each linear layer; null = model.dropout", None, ge=0, lt=1)
@@ -141,10 +178,11 @@ class SequenceLabels(Head):
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
         self.pick, self.end, self.pad, self.problem = config.pick, config.end, scope.pad, config.problem
-        self.dense = Linear(scope.dim, scope.dim, config.bias) if config.hidden else None
+        width = scope.dim if isinstance(config.hidden, bool) else config.hidden
+        self.dense = Linear(scope.dim, width, config.bias) if config.hidden else None
         self.act = ACTIVATIONS[config.act]
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
-        self.classifier = Linear(scope.dim, config.labels, config.bias, "head")
+        self.classifier = Linear(width, config.labels, config.bias, "head")
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         x = self.dropout(pick_vector(hidden, self.pick, self.pad, self.end))
@@ -174,16 +212,33 @@ class MultipleChoice(Head):
     class Config(registry.Config):
         """Multiple choice."""
 
+        pick: Literal["pooled", "first", "last", "mean"] = field(
+            "the vector of a text: the pooled one, the first or last state, or the mean of all, padding included",
+            "pooled",
+        )
+        first_dropout: float = field("dropout of that vector", 0.0, ge=0, lt=1)
+        transform: Annotated[Config, Slot("transform")] = field("what comes before the classifier", NoTransform.Config())
         dropout: float | None = field("dropout before the classifier; null = model.dropout", None, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.pick = config.pick
+        self.first_dropout = nn.Dropout(config.first_dropout)
+        self.transform = scope.make("transform", config.transform, table=None)
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
         self.classifier = Linear(scope.dim, 1, True, "head")
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        scores = self.classifier(self.dropout(pick_vector(hidden, "pooled", None)))
-        return {"logits": scores.reshape(-1, hidden.choices or 1)}
+        x = self.transform(self.first_dropout(self.vector(hidden)))
+        return {"logits": self.classifier(self.dropout(x)).reshape(-1, hidden.choices or 1)}
+
+    def vector(self, hidden: Hidden) -> Tensor:
+        """The vector (B, D) of each text."""
+        if self.pick == "pooled":
+            return pick_vector(hidden, "pooled", None)
+        if self.pick == "mean":
+            return hidden.states.mean(1)
+        return hidden.states[:, 0 if self.pick == "first" else -1]
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         return cross_entropy(self.outputs(hidden)["logits"], targets.reshape(-1))
@@ -247,7 +302,7 @@ class Summary(Head):
 
 def needs_pooler(config: Config) -> bool:
     """Whether a head's config reads the pooled vector."""
-    return config.kind in ("nsp", "choice") or getattr(config, "pick", None) == "pooled"
+    return config.kind in ("nsp", "sop") or getattr(config, "pick", None) == "pooled"
 
 
 def refuse_without_pooler(name: str, config: Config, pooled: bool) -> None:

@@ -1,30 +1,41 @@
-"""Positions that attention knows: additive biases, and scores made from queries and distances.
+"""Positions that attention knows: additive biases, scores made from queries and distances, places in the input.
 
-    none        nothing
-    inherit     what the stack states
-    rotary      see rotary.py
-    t5          a learned table over buckets of distance (Raffel et al. 2020, arXiv:1910.10683)
-    alibi       a slope for each head times the distance (Press et al. 2022, arXiv:2108.12409)
-    shaw        query (and key) times a learned vector of the distance (Shaw et al. 2018, arXiv:1803.02155)
+    none           nothing
+    inherit        what the stack states
+    rotary         see rotary.py
+    t5             a learned table over buckets of distance (Raffel et al. 2020, arXiv:1910.10683)
+    alibi          a slope for each head times the distance (Press et al. 2022, arXiv:2108.12409)
+    distance-mlp   a small network of the distance (Wang et al. 2021, arXiv:2108.00154)
+    tupe           see tupe.py
+    shaw           query (and key) times a learned vector of the distance (Shaw et al. 2018, arXiv:1803.02155)
+    infused        queries and keys, not values, are made from x + waves of the place (arXiv:2012.15832)
+    all            several at once
 
 `reach` says how a kind enters: `turn` rotates, `bias` is computed once per stack, `relative` lives in
-each attention and reads its queries and keys.
+each attention and reads its queries and keys, `input` changes what queries and keys are made from. `share`
+multiplies the scale of the attention's own scores. A bias that `slides` depends on the distance of slots alone.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Strict
 from torch import Tensor, nn
 
 from xtcli import registry
+from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ctx
-from xtcli.parts.linear import Table
+from xtcli.parts.embed import SinusoidalPlaces
+from xtcli.parts.linear import Linear, Table
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.shared import slot_distance
-from xtcli.registry import Config, Slot, field, part
+from xtcli.registry import Config, Slot, field, part, part_of
 
 PositionSlot = Annotated[Config, Slot("position")]
 
@@ -77,6 +88,7 @@ class BucketBias(nn.Module):
     """A bias for each head and bucket of distance, one table for the whole stack."""
 
     reach = "bias"
+    slides = True
 
     class Config(registry.Config):
         """Learned bias over buckets of distance."""
@@ -94,8 +106,11 @@ class BucketBias(nn.Module):
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
-        rows = bucket(slot_distance(ctx, queries), self.buckets, self.furthest, self.both_sides)
-        return self.table(rows).permute(2, 0, 1)[None]  # type: ignore[no-any-return]
+        # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
+        span = ctx.keys.shape[1]
+        distances = torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device)
+        values = self.table(bucket(distances, self.buckets, self.furthest, self.both_sides))  # (T + S - 1, H)
+        return values.t().unfold(1, span, 1).flip(1)[None]  # type: ignore[no-any-return]
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -107,24 +122,152 @@ def alibi_slopes(heads: int) -> list[float]:
 
 @part("position", "alibi")
 class Alibi(nn.Module):
-    """slope x (key place - query place); no parameters."""
+    """slope x (key place - query place); no parameters.
+
+    One surprise: `rounded` biases are those of the keys' own places, slope and product in bfloat16, as some models
+    were trained; then a distance means something else far from the start.
+    """
 
     reach = "bias"
 
     class Config(registry.Config):
         """Attention with linear biases."""
 
+        places: Literal["given", "counted"] = field(
+            "places as they were given, or the running count of the real tokens of a row", "given"
+        )
+        scaled: bool = field("divided by sqrt(head width) like the scores", False)
+        rounded: bool = field("made of the keys' places in bfloat16; only where nothing looks ahead", False)
+
     def __init__(self, config: Config, scope: Scope, heads: int) -> None:
         super().__init__()
         self.slopes = alibi_slopes(heads)
         self.both_sides = not scope.causal
+        self.counted, self.rounded = config.places == "counted", config.rounded
+        self.slides = not self.counted
+        self.factor = (scope.head_dim or 1) ** -0.5 if config.scaled else 1.0
+        if config.rounded and self.both_sides:
+            raise Impossible("rounded", "means places of keys, which a model that sees both ways cannot tell apart")
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(B|1, H, T, S); symmetric in an encoder."""
-        distance = (ctx.keys[:, None, :] - ctx.positions[:, :, None])[:, None].float()
+        keys, places = ctx.keys, ctx.positions
+        if self.counted and ctx.documents is None:
+            end = ctx.offset + queries
+            real = ctx.keep if ctx.keep is not None else torch.ones_like(keys, dtype=torch.bool)
+            keys = (real.cumsum(-1) - 1) * real
+            places = keys[:, ctx.offset : end]
+        slopes = torch.tensor(self.slopes, device=keys.device)[None, :, None, None]
+        if self.rounded:
+            bias = slopes.bfloat16() * keys[:, None, None, :]
+            return (bias.float() * self.factor).expand(-1, -1, queries, -1)
+        distance = (keys[:, None, :] - places[:, :, None])[:, None].float()
         steps = -distance.abs() if self.both_sides else distance
-        slopes = torch.tensor(self.slopes, device=steps.device)[None, :, None, None]
-        return slopes * steps
+        return slopes * steps * self.factor
+
+
+@part("position", "distance-mlp")
+class DistanceNetwork(nn.Module):
+    """A bias for each head from a network of key slot - query slot, one for the whole stack; any length."""
+
+    reach = "bias"
+    slides = True
+
+    class Config(registry.Config):
+        """A learned function of the distance."""
+
+        hidden: int = field("inner width", 64, gt=0, tiny=16)
+        depth: int = field("inner layers", 2, gt=0)
+        act: Activation = field("activation", "silu")
+        log: bool = field("reads sign(distance) log(1 + |distance|)", False)
+
+    def __init__(self, config: Config, scope: Scope, heads: int) -> None:
+        super().__init__()
+        widths = [1] + [config.hidden] * config.depth + [heads]
+        self.layers = nn.ModuleList(Linear(a, b, True) for a, b in itertools.pairwise(widths))
+        self.act, self.log = ACTIVATIONS[config.act], config.log
+        self.both_sides = not scope.causal
+
+    def scores(self, ctx: Ctx, queries: int) -> Tensor:
+        """(1, H, T, S), from slot distances."""
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
+        span = ctx.keys.shape[1]
+        x = torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=weight.device).to(weight.dtype)[:, None]
+        x = x.sign() * torch.log1p(x.abs()) if self.log else x
+        for layer in self.layers[:-1]:
+            x = self.act(layer(x))
+        values = self.layers[-1](x)  # (T + S - 1, H)
+        return values.t().unfold(1, span, 1).flip(1)[None]  # type: ignore[no-any-return]
+
+
+@part("position", "infused")
+class Infused(SinusoidalPlaces):
+    """Waves of the place join what queries and keys are made from; values know no places. No parameters."""
+
+    reach = "input"
+
+    class Config(registry.Config):
+        """Position-infused attention."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__(SinusoidalPlaces.Config(), scope)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:  # type: ignore[override]
+        """x (B, T, D) -> (B, T, D)."""
+        return super().forward(x, ctx.positions)
+
+
+@part("position", "all")
+class AllOf(nn.Module):
+    """The sum of what several kinds add. An attention takes rotations and changes of the input out beforehand."""
+
+    reach = "all"
+
+    class Config(registry.Config):
+        """Several kinds at once."""
+
+        of: Annotated[tuple[PositionSlot, ...], Strict(False)] = field(
+            "the kinds", example=("rotary", "t5"), min_length=1
+        )
+
+    def __init__(self, config: Config, scope: Scope, size: int) -> None:
+        super().__init__()
+        self.of = nn.ModuleList(scope.make(f"of.{i}", member, size) for i, member in enumerate(config.of))
+        self.both_sides = not scope.causal
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that all can tell apart, or None."""
+        limits = (getattr(member, "limit", None) for member in self.of)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def slides(self) -> bool:
+        """Whether all depend on the distance alone."""
+        return all(getattr(member, "slides", False) for member in self.of)
+
+    def scores(self, *given: Any) -> Tensor:
+        """The sum of the members' scores."""
+        added: list[Tensor] = [member.scores(*given) for member in self.of]  # type: ignore[operator]
+        return functools.reduce(torch.add, added)
+
+
+def spread(config: Config) -> dict[str, list[Config]]:
+    """The kinds that a position is made of, by how they enter."""
+    if not isinstance(config, AllOf.Config):
+        return {part_of(config).reach: [config]}
+    found: dict[str, list[Config]] = {}
+    for member in config.of:
+        if member.kind == "inherit":
+            raise Impossible("position", "'inherit' cannot be one of several positions", "name the stack's kind")
+        for reach, members in spread(member).items():
+            found.setdefault(reach, []).extend(members)
+    return found
+
+
+def joined(members: Sequence[Config]) -> Config | None:
+    """One config for all of several, None for none."""
+    return members[0] if len(members) == 1 else AllOf.Config(of=tuple(members)) if members else None
 
 
 @part("position", "shaw")

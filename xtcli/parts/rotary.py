@@ -240,8 +240,10 @@ class Rotary(nn.Module):
         scaling = part_of(self.config.scaling)
         frequencies = scaling.frequencies(self.config.scaling, self.config.theta, self.width, self.context, length)
         cos, sin = self._turns(ctx.positions, frequencies, dtype)
-        if self.static:
+        if self.static and ctx.fed is None:
             return Turn(cos, sin, cos, sin)
+        if self.static:
+            return Turn(cos, sin, *self._turns(ctx.fed, frequencies, dtype))  # type: ignore[arg-type]
         return Turn(cos, sin, *self._turns(ctx.keys, frequencies, dtype))
 
     def _turns(self, places: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,10 @@ class Scope:
     layer: int = 0
     path: str = "model"
     shared: Any = None  # the `Shared` of the stack being built
+    heads: int | None = None  # heads that a position is made for
+    recurrence: Any = None  # the `Recurrence` of a stack that remembers earlier segments
+    bands: Any = None  # the `Bands` of an embedding that cuts its vocabulary
+    head_dim: int | None = None  # width of the heads that a position is made for
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)
 
     def at(self, name: str, **changes: object) -> Scope:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli.parts.auxiliary import Side
 from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import EmbedSlot, Graph
 from xtcli.parts.heads import Hidden
 from xtcli.parts.linear import Table
 from xtcli.parts.outputs import IGNORE, Output
-from xtcli.parts.scope import Scope
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import StackSlot
-from xtcli.parts.tower import Tower
+from xtcli.parts.tower import Tower, table_width
 from xtcli.registry import Config, field, part
 
 
@@ -29,6 +30,14 @@ class TowerConfig(Config):
 
     embed: EmbedSlot = field("what enters", Tokens.Config())
     stack: StackSlot = field("the blocks")
+    memory_tokens: int | None = field("learned tokens in front of the text, through all layers", None, gt=0, tiny=4)
+
+
+def _tower(config: TowerConfig, scope: Scope, shares: bool) -> Tower:
+    if getattr(config.stack, "recurrence", None) is not None:
+        cause = "an encoder-decoder maps one whole text to another and carries nothing on to the next"
+        scope.file(Impossible("stack.recurrence", cause, "leave it out, or use a decoder"))
+    return Tower(config.embed, config.stack, scope, shares, config.memory_tokens)
 
 
 @part("graph", "encoder-decoder")
@@ -36,6 +45,10 @@ class EncoderDecoder(Graph):
     """Two towers; the decoder's cross-attention reads the encoder's last states."""
 
     causal = False  # labels are aligned, not shifted inside
+    sides = (
+        Side("encoder", "input_ids", "attention_mask"),
+        Side("decoder", "decoder_input_ids", "decoder_attention_mask"),
+    )
 
     class Config(Graph.Config):
         """An encoder and a decoder."""
@@ -43,16 +56,22 @@ class EncoderDecoder(Graph):
         encoder: TowerConfig = field("reads the source")
         decoder: TowerConfig = field("writes the target")
         share_tokens: bool = field("one token table for both sides", True)
+        copies: bool = field("a call with neither decoder inputs nor labels decodes the source", False)
+        first: int | None = field("id that every written text begins with, behind start", None, ge=0, tiny=511)
+        last: int | None = field("id that ends a text which would go on beyond its limit", None, ge=0, tiny=511)
 
     def __init__(self, config: Config, scope: Scope | None = None) -> None:
         super().__init__()
         scope = self.begin(config, scope)
         self.tokens = Table(config.vocab, config.dim) if config.share_tokens else None
         shares = config.share_tokens
-        self.encoder = Tower(config.encoder.embed, config.encoder.stack, scope.at("encoder", causal=False), shares)
-        inner = scope.at("decoder", causal=True, memory=config.dim)
-        self.decoder = Tower(config.decoder.embed, config.decoder.stack, inner, shares)
-        self.heads = self.make_heads(scope, pooled=False)
+        self.encoder = _tower(config.encoder, scope.at("encoder", causal=False), shares)
+        memory = getattr(self.encoder.stack, "width", config.dim)
+        inner = scope.at("decoder", causal=True, memory=memory)
+        self.decoder = _tower(config.decoder, inner, shares)
+        width = getattr(self.decoder.stack, "width", config.dim)
+        table = config.dim if shares else table_width(self.decoder.embed, scope)
+        self.heads = self.make_heads(scope.at("", dim=width, table=table), pooled=False)
         scope.settle()
 
     @property
@@ -89,7 +108,7 @@ class EncoderDecoder(Graph):
             table=self.shared_table(),
             trace=trace,
             extras=extras,
-            ledger=ledger,
+            ledger=None if ledger is None else ledger.side("encoder"),
         )
         return states  # type: ignore[no-any-return]
 
@@ -121,7 +140,7 @@ class EncoderDecoder(Graph):
             state=state,
             trace=trace,
             extras=extras,
-            ledger=ledger,
+            ledger=ledger.side("decoder"),
         )
         return Hidden(
             states, self.output_table(), None, decoder_input_ids, keep, source=source, extras=extras, ledger=ledger
@@ -173,13 +192,14 @@ class EncoderDecoder(Graph):
         end_positions: Tensor | None = None,
         state: ModelState | None = None,
         output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
         **extras: Tensor | None,
     ) -> Output:
         """Source and target -> loss, logits (B, T, V), last_hidden_state, encoder_last_hidden_state.
 
         encoder_outputs: the memory (B, S, D), or something whose first item it is, in place of input_ids.
         Without decoder inputs the labels, moved one place to the right, are decoded; heads that label texts
-        decode the source in the same way.
+        decode the source in the same way. output_router_logits: as in a graph of one stack.
         """
         labels_by_name, given = self.parted(extras)
         self.check_extras(given)
@@ -192,6 +212,8 @@ class EncoderDecoder(Graph):
             memory = encoder_outputs if isinstance(encoder_outputs, Tensor) else encoder_outputs[0]
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target = labels if not self.heads or "lm" in self.heads else input_ids
+            if target is None and self.config.copies:  # type: ignore[attr-defined]
+                target = input_ids
             if target is None:
                 raise ValueError("neither decoder_input_ids nor decoder_inputs_embeds nor labels were given")
             decoder_input_ids = self.shift_right(target)
@@ -209,7 +231,7 @@ class EncoderDecoder(Graph):
         )
         labelled = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         labelled |= labels_by_name
-        out = self.answer(hidden, labelled)
+        out = self.answer(hidden, labelled, output_router_logits)
         out["last_hidden_state"] = hidden.states
         out["encoder_last_hidden_state"] = memory
         if target_trace is not None and source_trace is not None:

@@ -7,6 +7,7 @@ context, where layer code finds them by number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from xtcli.parts.context import Ctx
 from xtcli.parts.masks import render
-from xtcli.parts.scope import Scope
-from xtcli.registry import Config
+from xtcli.parts.scope import Impossible, Scope
+from xtcli.parts.scores import Sizes
+from xtcli.registry import Config, part_of
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,43 @@ class View:
 
 
 class Shared(nn.Module):
-    """The rotations, biases and views of one stack."""
+    """The rotations, biases and views of one stack, and the order in which its attentions carry scores.
 
-    def __init__(self) -> None:
+    `carries` is false in a stack that runs a block more than once in a pass, recomputes it backwards or changes the
+    number of tokens on the way: no scores can travel between its layers.
+    """
+
+    def __init__(self, carries: bool = True) -> None:
         super().__init__()
+        self.carries = carries
         self.turns = nn.ModuleList()
         self.biases = nn.ModuleList()
+        self.layouts = nn.ModuleList()
         self.views: list[View] = []
+        self.chunks: list[int] = []  # lengths of the chunks that attentions cut a text into
         self._known: dict[object, int] = {}
+        self._chains: dict[bool, tuple[str, list[Sizes]]] = {}
 
     def turn(self, config: Config, scope: Scope, head_dim: int) -> int:
         """The number of a rotation of `head_dim` wide heads."""
         return self._enter(self.turns, ("turn", config, head_dim), lambda: scope.make("position", config, head_dim))
 
-    def bias(self, config: Config, scope: Scope, heads: int) -> int:
-        """The number of an additive bias for `heads` heads."""
-        return self._enter(self.biases, ("bias", config, heads), lambda: scope.make("position", config, heads))
+    def bias(self, config: Config, scope: Scope, heads: int, use: str = "") -> int:
+        """The number of an additive bias for `heads` heads; biases of different use are never one."""
+        width = scope.head_dim if _reads_width(config) else None
+        key = ("bias", config, heads, width, use)
+        return self._enter(self.biases, key, lambda: scope.make("position", config, heads))
+
+    def layout(self, key: object, make: Callable[[], nn.Module]) -> int:
+        """The number of a layout: what attentions over few keys find out about a text once, whatever the layer.
+
+        Its `lay(x, ctx, biases)` is called with what enters the stack.
+        """
+        return self._enter(self.layouts, ("layout", key), make)
+
+    def table(self, key: object, make: Callable[[], nn.Module]) -> int:
+        """The number, among the rotations, of another module with `tables(ctx, dtype)`, made once for each `key`."""
+        return self._enter(self.turns, key, make)
 
     def view(self, rule: Config, bias: int | None, dense: bool) -> int:
         """The number of a mask."""
@@ -51,6 +74,32 @@ class Shared(nn.Module):
         if view not in self.views:
             self.views.append(view)
         return self.views.index(view)
+
+    def link(self, scope: Scope, sizes: Sizes) -> tuple[str, int]:
+        """The name of the chain that an attention with carried scores belongs to, and its place in it.
+
+        Self- and cross-attentions have a chain each. Raises Impossible where scores cannot be carried on.
+        """
+        if not self.carries:
+            cause = "the layers of this stack do not follow each other once, so that no scores can be carried"
+            raise Impossible("", cause, "use another kind of score or stack")
+        name, members = self._chains.setdefault(sizes.cross, (f"scores {scope.path} {scope.layer}", []))
+        if members and members[0] != sizes:
+            first = members[0]
+            raise Impossible(
+                "",
+                f"scores of {first.heads} heads and {first.memory} persistent keys cannot be carried on to "
+                f"{sizes.heads} heads and {sizes.memory} persistent keys",
+                "give all layers as many heads and persistent keys",
+            )
+        members.append(sizes)
+        return name, len(members) - 1
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the biases can tell apart, or None."""
+        limits = (getattr(bias, "limit", None) for bias in self.biases)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _enter(self, modules: nn.ModuleList, key: object, make: object) -> int:
         if key not in self._known:
@@ -62,12 +111,23 @@ class Shared(nn.Module):
         """The context with all tables, for queries x (B, T, D)."""
         queries = x.shape[1]
         turns = tuple(turn.tables(ctx, x.dtype) for turn in self.turns)  # type: ignore[operator]
-        biases = [bias.scores(ctx, queries).to(x.dtype) for bias in self.biases]  # type: ignore[operator]
+        biases = {n: self.biases[n].scores(ctx, queries).to(x.dtype) for n in self._dense()}  # type: ignore[operator]
         visible = tuple(
             render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
             for view in self.views
         )
-        return replace(ctx, turns=turns, visible=visible)
+        layouts = tuple(layout.lay(x, ctx, self.biases) for layout in self.layouts)  # type: ignore[operator]
+        return replace(ctx, turns=turns, visible=visible, layouts=layouts)
+
+    def _dense(self) -> list[int]:
+        """The biases that are stored for all pairs of a text."""
+        return list(dict.fromkeys(view.bias for view in self.views if view.bias is not None))
+
+
+def _reads_width(config: Config) -> bool:
+    """Whether a bias depends on the width of the heads that it is made for."""
+    own = getattr(config, "scaled", False) or getattr(part_of(config), "reads_width", False)
+    return own or any(_reads_width(member) for member in getattr(config, "of", ()))
 
 
 def slot_distance(ctx: Ctx, queries: int) -> Tensor:

@@ -6,6 +6,7 @@ several in a pattern, computes once what all its attentions share, and ends in a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Strict, model_validator
@@ -13,14 +14,16 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from xtcli.errors import did_you_mean
-from xtcli.parts import norms, positions
+from xtcli.parts import norms, positions, recurrence
 from xtcli.parts.context import Ctx, State
 from xtcli.parts.norms import NormSlot, make_norm
+from xtcli.parts.orders import GIVEN, OrderSlot
 from xtcli.parts.positions import PositionSlot
-from xtcli.parts.scope import Scope
+from xtcli.parts.recurrence import Recurrence
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.shared import Shared
 from xtcli.parts.wiring import PreNorm, WiringSlot
-from xtcli.registry import Config, Slot, field, part
+from xtcli.registry import Config, Slot, field, part, part_of
 
 SublayerName = Literal[
     "pre_ffn", "attn", "attn_2", "cross", "cross_2", "mixer", "mixer_2", "conv",
@@ -34,6 +37,13 @@ class BlockConfig(Config):
     wiring: WiringSlot = field("joins sublayers, norms and the residual stream", PreNorm.Config())
     sublayers: dict[SublayerName, Annotated[Config, Slot("sublayer")]] = field("in the order they run", min_length=1)
 
+    def only(self, name: SublayerName) -> Self:
+        """The block of one of its sublayers."""
+        scale = getattr(self.wiring, "scale", 1.0)
+        kept = {name: scale[name]} if isinstance(scale, dict) and name in scale else {}
+        wiring = self.wiring.model_copy(update={"scale": kept}) if isinstance(scale, dict) else self.wiring
+        return self.model_copy(update={"wiring": wiring, "sublayers": {name: self.sublayers[name]}})
+
 
 class Layers(Config):
     """Which block stands in which layer, and what the stack does around them."""
@@ -44,9 +54,11 @@ class Layers(Config):
     pattern: Annotated[tuple[str, ...], Strict(False)] | None = field(
         "names of `blocks`, repeated over the layers", None
     )
+    order: OrderSlot = field("which sublayers stand in which layer", GIVEN)
     position: PositionSlot = field("position that the attentions inherit", positions.NONE)
     norm: NormSlot = field("norm after the last block", norms.INHERIT)
     dropout: float = field("dropout after the last norm", 0.0, ge=0, lt=1)
+    recurrence: Recurrence | None = field("what its attentions remember of the segment before", None)
 
     @model_validator(mode="after")
     def _one_source_of_blocks(self) -> Self:
@@ -70,21 +82,55 @@ class Layers(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.order.kind == "given":
+            return self
+        if self.block is None:
+            raise PydanticCustomError("stack_order", "'order' and 'pattern' both say what stands where; leave one out")
+        if getattr(self.order, "ends", 0) > self.layers:
+            raise PydanticCustomError(
+                "stack_order",
+                "order: {ends} ends do not fit {layers} layers",
+                {"ends": self.order.ends, "layers": self.layers},  # type: ignore[attr-defined]
+            )
+        for name in self.singles:
+            if name is not None and name not in self.block.sublayers:
+                raise PydanticCustomError(
+                    "stack_order",
+                    "order names no sublayer {name}; {remedy}",
+                    {"name": repr(name), "remedy": did_you_mean(name, self.block.sublayers)},
+                )
+        return self
+
     def tiny(self) -> Self:
         """Two layers, or one round of the pattern."""
         return self.model_copy(update={"layers": min(self.layers, max(2, len(self.pattern or ())))})
 
+    @property
+    def singles(self) -> list[str | None]:
+        """For each built layer the only sublayer that stands there, or None for the whole block."""
+        return part_of(self.order).singles(self.order, self.layers)  # type: ignore[no-any-return]
+
+    @property
+    def depth(self) -> int:
+        """How many layers are built."""
+        return len(self.singles)
+
     def layer(self, number: int) -> tuple[str, BlockConfig]:
         """The config path and the block of one layer."""
         if self.block is not None:
-            return "block", self.block
+            single = self.singles[number]
+            return "block", self.block if single is None else self.block.only(single)  # type: ignore[arg-type]
         assert self.blocks is not None and self.pattern is not None
         name = self.pattern[number % len(self.pattern)]
         return f"blocks.{name}", self.blocks[name]
 
 
 class Block(nn.Module):
-    """Sublayers under their own names, and `wiring`."""
+    """Sublayers under their own names, and `wiring`. One that is `reversible` keeps nothing for the backward pass."""
+
+    reversible = False
 
     def __init__(self, config: BlockConfig, scope: Scope) -> None:
         super().__init__()
@@ -92,6 +138,8 @@ class Block(nn.Module):
         for name, sublayer in config.sublayers.items():
             self.add_module(name, scope.make(f"sublayers.{name}", sublayer))
         self.wiring = scope.make("wiring", config.wiring, self.names)
+        if scope.recurrence is not None:
+            recurrence.check(self, config, scope)
 
     @property
     def sublayers(self) -> dict[str, nn.Module]:
@@ -111,7 +159,16 @@ class Block(nn.Module):
 
 @part("stack", "blocks")
 class Stack(nn.Module):
-    """Blocks in order, then a norm. `width` is that of what comes out."""
+    """Blocks in order, then a norm. `width` is that of what comes out.
+
+    `run` are the blocks as they run, those that share weights more than once; `every` counts the blocks between two
+    states that a trace collects.
+    """
+
+    block = Block
+    carries = True  # whether attentions may hand scores on from layer to layer
+    recurs = True  # whether its attentions may remember earlier segments
+    every = 1
 
     class Config(Layers):
         """Blocks in order, then a norm."""
@@ -119,25 +176,34 @@ class Stack(nn.Module):
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
         self.width = scope.dim
-        self.shared = Shared()
-        inner = scope.at("", shared=self.shared, position=config.position)
+        self.shared = Shared(self.carries)
+        self.recurrence = config.recurrence
+        if self.recurrence is not None and not self.recurs:
+            raise Impossible("recurrence", f"stack '{config.kind}' runs blocks more than once", "leave it out")
+        inner = scope.at("", shared=self.shared, position=config.position, recurrence=config.recurrence)
         self.blocks = nn.ModuleList()
-        for number in range(config.layers):
+        for number in range(config.depth):
             path, block = config.layer(number)
-            self.blocks.append(Block(block, inner.at(path, layer=number)))
+            self.blocks.append(self.block(block, inner.at(path, layer=number)))
         self.norm = make_norm(scope, "norm", config.norm)
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def run(self) -> Sequence[Block]:
+        """The blocks in the order in which they run."""
+        return self.blocks  # type: ignore[return-value]
+
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> list[Any]:
-        """The state of each block."""
-        return [block.new_state(batch, capacity, device, dtype) for block in self.blocks]  # type: ignore[operator]
+        """The state of each block, one for each time that it runs."""
+        return [block.new_state(batch, capacity, device, dtype) for block in self.run]
 
     def forward(self, x: Tensor, ctx: Ctx, trace: list[Tensor] | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); `trace` collects the input of each block and the final output."""
-        states = ctx.state or [None] * len(self.blocks)
+        run = self.run
+        states = ctx.state or [None] * len(run)
         ctx = self.shared.prepare(x, ctx)
-        for block, state in zip(self.blocks, states, strict=True):
-            if trace is not None:
+        for number, (block, state) in enumerate(zip(run, states, strict=True)):
+            if trace is not None and number % self.every == 0:
                 trace.append(x)
             x = block(x, ctx.within(state))
         x = self.dropout(self.norm(x))
@@ -147,3 +213,10 @@ class Stack(nn.Module):
 
 
 StackSlot = Annotated[Config, Slot("stack", default="blocks")]
+
+
+def applied(model: nn.Module) -> list[Block]:
+    """Every block of a model, as often as it runs."""
+    run = [block for module in model.modules() if isinstance(module, Stack) for block in module.run]
+    known = {id(block) for block in run}
+    return run + [module for module in model.modules() if isinstance(module, Block) and id(module) not in known]

@@ -1,6 +1,12 @@
 """Wirings: how a block joins its sublayers, norms and the residual stream.
 
-    pre    x + f(norm(x))         post   norm(x + f(x))
+    pre              x + s f(norm(x))                  sandwich-norm    x + s norm'(f(norm(x)))
+    post             norm(x + s f(x))                  rezero           x + s alpha f(x), alpha from 0
+    parallel         x + sum of s f(norm_f(x))         parallel-shared  x + sum of s f(norm(x))
+    normed           norm(x) + s f(norm(x))
+
+`s` is the `scale` of the sublayer: 1/2 for the feed-forwards before and after attention is the macaron
+layer (Lu et al. 2019, arXiv:1906.02762), one number for all a residual multiplier. Gates stand in gates.py.
 
 Sublayers run in the order of the block's map. One that reads the encoder's memory is passed over when
 there is none, so that a decoder can run alone.
@@ -9,33 +15,85 @@ there is none, so that a decoder can run alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from xtcli import registry
+from xtcli.errors import did_you_mean, refuse
 from xtcli.parts import norms
-from xtcli.parts.context import Ctx
+from xtcli.parts.context import Ctx, Memory
 from xtcli.parts.norms import NormSlot, make_norm
-from xtcli.parts.scope import Scope
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
 WiringSlot = Annotated[Config, Slot("wiring")]
 
 
-class Wiring(nn.Module):
-    """One norm for each sublayer, and dropout on what it adds."""
+class Joining(nn.Module):
+    """What every wiring does to a sublayer's output before it joins the stream: dropout, drop path, scale.
+
+    One that adds to the stream what a sublayer makes has `branch`, which other stacks can use alone; one that
+    does otherwise says so in `irreversible`.
+    """
+
+    irreversible = ""
+    recurs = True  # sublayers are called through `run`
 
     class Config(registry.Config):
-        """Norms and residual dropout."""
+        """Weights and dropout of what sublayers add."""
 
-        norm: NormSlot = field("norm of each sublayer", norms.INHERIT)
+        scale: float | dict[str, float] = field("multiplies what sublayers add; one number, or one by name", 1.0)
         dropout: float | None = field("dropout on what a sublayer adds; null = model.dropout", None, ge=0, lt=1)
+        drop_path: float = field("chance in training that a row goes past a sublayer", 0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.norm = nn.ModuleDict({name: make_norm(scope, "norm", config.norm) for name in names})
+        scale = config.scale if isinstance(config.scale, dict) else dict.fromkeys(names, config.scale)
+        for name in scale:
+            if name not in names:
+                raise Impossible("scale", f"the block has no sublayer '{name}'", did_you_mean(name, names))
+        self.scale = scale
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        self.path = DropPath(config.drop_path)
+
+    def weigh(self, name: str, y: Tensor) -> Tensor:
+        """What sublayer `name` made, (B, T, D), as it joins the stream."""
+        y = self.path(self.dropout(y))
+        scale = self.scale.get(name, 1.0)
+        return y if scale == 1.0 else y * scale
+
+
+class Wiring(Joining):
+    """A wiring with one norm for each sublayer."""
+
+    class Config(Joining.Config):
+        """Norms, weights and dropout."""
+
+        norm: NormSlot = field("norm of each sublayer", norms.INHERIT)
+
+    def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
+        super().__init__(config, scope, names)
+        self.norm = nn.ModuleDict({name: make_norm(scope, "norm", config.norm) for name in names})
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training whole rows are 0, the others grow by
+    1 / (1 - rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, y: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return y
+        kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.rate
+        return y * kept / (1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}"
 
 
 def active(sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Iterator[tuple[str, nn.Module, Ctx]]:
@@ -43,25 +101,135 @@ def active(sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Iterator[tuple[str, 
     states: Mapping[str, Any] = ctx.state or {}
     for name, sublayer in sublayers.items():
         if ctx.memory is None and getattr(sublayer, "reads_memory", False):
+            if getattr(sublayer, "required", False):
+                raise refuse(f"'{name}' reads a memory, and none was given", "pass encoder_hidden_states")
             continue
         yield name, sublayer, ctx.within(states.get(name))
 
 
-@part("wiring", "pre")
-class PreNorm(Wiring):
-    """Each sublayer reads a normed copy of the stream (Xiong et al. 2020, arXiv:2002.04745)."""
+def run(sublayer: nn.Module, x: Tensor, ctx: Ctx, norm: nn.Module | None = None) -> Tensor:
+    """What a sublayer makes of x (B, T, D), read through `norm`, as its memory of earlier segments is."""
+    if isinstance(ctx.state, Memory):
+        x = ctx.state.take(x, norm)
+    return sublayer(x if norm is None else norm(x), ctx)  # type: ignore[no-any-return]
+
+
+class Additive(Joining):
+    """The plain residual: each sublayer in turn adds its branch."""
+
+    def branch(self, name: str, x: Tensor, sublayer: nn.Module, ctx: Ctx) -> Tensor:
+        """What sublayer `name` adds to x (B, T, D)."""
+        raise AssertionError("an additive wiring must say what a sublayer adds")
 
     def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
         for name, sublayer, own in active(sublayers, ctx):
-            x = x + self.dropout(sublayer(self.norm[name](x), own))
+            x = x + self.branch(name, x, sublayer, own)
         return x
+
+
+@part("wiring", "pre")
+class PreNorm(Additive, Wiring):
+    """Each sublayer reads a normed copy of the stream (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    def branch(self, name: str, x: Tensor, sublayer: nn.Module, ctx: Ctx) -> Tensor:
+        return self.weigh(name, run(sublayer, x, ctx, self.norm[name]))
 
 
 @part("wiring", "post")
 class PostNorm(Wiring):
     """The sum is normed after each sublayer (Vaswani et al. 2017)."""
 
+    irreversible = "norms over the sum change the stream that they would have to be undone on"
+
     def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
         for name, sublayer, own in active(sublayers, ctx):
-            x = self.norm[name](x + self.dropout(sublayer(x, own)))
+            x = self.norm[name](x + self.weigh(name, run(sublayer, x, own)))
         return x
+
+
+@part("wiring", "normed")
+class NormedStream(Wiring):
+    """What was normed is what goes on: n = norm(x), then n + f(n)."""
+
+    irreversible = "the norm over the stream would have to be undone"
+
+    def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
+        for name, sublayer, own in active(sublayers, ctx):
+            x = self.norm[name](x)
+            x = x + self.weigh(name, run(sublayer, x, own))
+        return x
+
+
+@part("wiring", "sandwich-norm")
+class SandwichNorm(Additive, Wiring):
+    """A norm before and one after each sublayer (Ding et al. 2021, arXiv:2105.13290); `out` are those after."""
+
+    def __init__(self, config: Wiring.Config, scope: Scope, names: tuple[str, ...]) -> None:
+        super().__init__(config, scope, names)
+        self.out = nn.ModuleDict({name: make_norm(scope, "norm", config.norm) for name in names})
+
+    def branch(self, name: str, x: Tensor, sublayer: nn.Module, ctx: Ctx) -> Tensor:
+        return self.weigh(name, self.out[name](run(sublayer, x, ctx, self.norm[name])))
+
+
+@part("wiring", "rezero")
+class ReZero(Additive):
+    """No norms; branches fade in from nothing (Bachlechner et al. 2020, arXiv:2003.04887).
+
+    At the start only the alphas have gradients.
+    """
+
+    class Config(Joining.Config):
+        """Learned weights of branches in the place of norms."""
+
+        per: Literal["layer", "sublayer"] = field("what has an alpha of its own; the paper: a layer", "layer")
+
+    def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
+        super().__init__(config, scope, names)
+        self.rows = {name: row if config.per == "sublayer" else 0 for row, name in enumerate(names)}
+        self.alpha = nn.Parameter(torch.zeros(max(self.rows.values()) + 1))
+
+    def draw(self, normal: Any) -> None:
+        """Nothing joins at first."""
+        self.alpha.zero_()
+
+    def branch(self, name: str, x: Tensor, sublayer: nn.Module, ctx: Ctx) -> Tensor:
+        return self.alpha[self.rows[name]] * self.weigh(name, run(sublayer, x, ctx))
+
+
+PARALLEL = "parallel sublayers read one stream, reversible ones each other's"
+
+
+@part("wiring", "parallel")
+class Parallel(Wiring):
+    """All sublayers read the same x, each through a norm of its own (Black et al. 2022, arXiv:2204.06745)."""
+
+    irreversible = PARALLEL
+
+    def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
+        total = x
+        for name, sublayer, own in active(sublayers, ctx):
+            total = total + self.weigh(name, run(sublayer, x, own, self.norm[name]))
+        return total
+
+
+@part("wiring", "parallel-shared")
+class ParallelShared(Joining):
+    """All sublayers read the same x through one norm (Wang and Komatsuzaki 2021, GPT-J)."""
+
+    irreversible = PARALLEL
+
+    class Config(Joining.Config):
+        """A norm for all, weights and dropout."""
+
+        norm: NormSlot = field("norm that all sublayers read through", norms.INHERIT)
+
+    def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
+        super().__init__(config, scope, names)
+        self.norm = make_norm(scope, "norm", config.norm)
+
+    def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
+        total = x
+        for name, sublayer, own in active(sublayers, ctx):
+            total = total + self.weigh(name, run(sublayer, x, own, self.norm))
+        return total

@@ -24,13 +24,13 @@ from xtcli.data.special import FILE
 from xtcli.data.tokenizers import File, Tokenizer
 from xtcli.errors import Problem, UserError, nearest, refuse
 from xtcli.model import find_checkpoint
-from xtcli.registry import Config, tree
+from xtcli.registry import Config, part_of, tree
 from xtcli.runs.folder import MANIFEST
 from xtcli.runs.tensors import load_weights
 from xtcli.train.lora import plain
 
-OUTER = ("heads", "pooler")
-"""What stands on the body of a model: a checkpoint made for another task lacks it or has another."""
+OUTER = ("heads", "pooler", "generator")
+"""What stands on the body of a model or beside it: a checkpoint made for another task lacks it or has another."""
 MOST = 20
 """Problems that are told at most."""
 
@@ -136,7 +136,11 @@ def _outer(name: str) -> bool:
 
 
 def _bare(config: Config) -> Config:
-    """The body of a model: no heads, no pooler, and dropout, which is no part of the weights, everywhere the same."""
+    """The body of a model: no heads, no pooler, and dropout, which is no part of the weights, everywhere the same.
+
+    Of several models in one graph it is the one whose tensors have names without a prefix.
+    """
+    config = next((one for one, prefix in part_of(config).members(config).values() if not prefix), config)
 
     def visit(node: Any) -> Any:
         if isinstance(node, dict):

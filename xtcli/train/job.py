@@ -17,7 +17,7 @@ import torch
 
 from xtcli.config.preset import Resolved
 from xtcli.data.batch import Batch
-from xtcli.data.loader import validation_batches
+from xtcli.data.loader import order_of, validation_batches
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.model import Model, build, skeleton
 from xtcli.parts.graphs import Graph
@@ -97,6 +97,21 @@ def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path |
     rows = np.zeros(config.batch, dtype=np.int64)
     batch: Batch = objective.batch(np.arange(config.batch, dtype=np.int64) % len(objective), rows)
     _heads_fit(batch, model, resolved)
+    if objective.carry and getattr(model, "recurrence", None) is None:
+        raise refuse(
+            "the objective carries memories from batch to batch, and the model keeps none",
+            "set model.stack.recurrence, or objective.carry=false",
+            place=resolved.place("objective"),
+            path="objective",
+        )
+    if objective.carry and model.recurrence.length is None:  # type: ignore[union-attr]
+        raise refuse(
+            "memories that keep everything would grow without end in training",
+            "set model.stack.recurrence.length",
+            place=resolved.place("model.stack.recurrence"),
+            path="model.stack.recurrence",
+        )
+    order_of(objective, config.batch, config.seed)  # refused before anything is made
     plan = make_plan(
         model,
         batch,
@@ -105,6 +120,7 @@ def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path |
         checkpointing=config.checkpointing,
         free=place.free(),
         device=place.device.type,
+        carried=objective.carry,
     )
     size = 4 * plan.parameters + optimizer_bytes(model)
     return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size, fit)

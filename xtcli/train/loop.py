@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from xtcli.data.batch import Batch
-from xtcli.data.loader import batches
+from xtcli.data.loader import batches, order_of
 from xtcli.errors import EXIT_NON_FINITE
 from xtcli.model import Model
+from xtcli.parts.chance import settled
 from xtcli.runs.run import Run
 from xtcli.runs.state import Progress, Stateful, collect, stateful
+from xtcli.train.carry import Carried
 from xtcli.train.job import Job
 from xtcli.train.optim import build_optimizer, clip, first_non_finite, non_finite_gradients, set_rate
 from xtcli.train.schedules import schedule
@@ -54,14 +56,18 @@ class Trainer:
         self.progress = Progress()
         self.rate = schedule(self.config)
         self.done = Done()
+        carries = job.objective is not None and job.objective.carry
+        order = order_of(job.objective, self.config.batch, self.config.seed) if carries else None
+        self.carried = Carried(order, self.place.device)
         self.seconds = 0.0  # of steps since the last logged line
         self.tokens = 0  # real tokens read since then
         self.padded = 0
+        self.weights: dict[str, float] = {}  # of the terms of the loss, where they are not 1
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
         """Every stateful part, weights aside."""
-        return stateful(self.model, self.optimizer, self.progress, self.scaler)
+        return stateful(self.model, self.optimizer, self.progress, self.scaler) + self.carried.state
 
     def train(self, stopper: Stopper) -> int:
         """Run to the end or until stopped; returns the exit code. Weights and state are saved in both cases."""
@@ -117,6 +123,7 @@ class Trainer:
         if not finite and self.config.on_non_finite == "stop":
             self.report_non_finite(batch, losses)
             return EXIT_NON_FINITE
+        self.carried.end(finite)
         if not finite:
             progress.skipped += 1
             self.run.event("skipped_step", step=progress.step + 1, samples=batch.ids)
@@ -142,23 +149,31 @@ class Trainer:
         """Gradients of the whole batch, summed over its micro-batches; returns the mean loss of each head."""
         counts = {head: max(count, 1) for head, count in batch.supervised().items()}
         sums: dict[str, torch.Tensor] = {}
+        self.carried.begin(self.progress.cursor)
         for rows in batch.split(self.job.plan.micro_batch):
             rows = rows.to(self.place.device, non_blocking=True)
             with self.place.amp():
-                terms = self.model.losses(rows.inputs, rows.targets)
+                hidden = self.model.hidden(**self.carried.join(rows.inputs, len(rows)))
+                self.carried.take(hidden.mems)
+                terms = self.model.terms(hidden, rows.targets)
                 loss = torch.stack([term.weight * term.sum / counts[head] for head, term in terms.items()]).sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for head, term in terms.items():
+                self.weights[head] = term.weight
                 share = term.sum.detach() / counts[head]
                 sums[head] = sums[head] + share if head in sums else share
         return {head: total.item() for head, total in sums.items()}
+
+    def total(self, losses: dict[str, float]) -> float:
+        """The loss that is learnt from: that of each head by its weight."""
+        return sum(self.weights.get(head, 1.0) * value for head, value in losses.items())
 
     def log(self, losses: dict[str, float], norm: float) -> None:
         """A line of metrics."""
         progress, plan = self.progress, self.job.plan
         rate = self.tokens / self.seconds if self.seconds else 0.0
         steps = self.tokens / max(plan.tokens, 1)
-        line: dict[str, Any] = {"step": progress.step, "loss": sum(losses.values())}
+        line: dict[str, Any] = {"step": progress.step, "loss": self.total(losses)}
         if len(losses) > 1:
             line["losses"] = losses
         line |= {
@@ -191,24 +206,30 @@ class Trainer:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         scorer = self.job.validation.scorer()
+        carried = Carried(self.carried.order, self.place.device)
         self.model.eval()
         try:
             for rows in self.job.validation_batches():
                 if stopper.requested is not None:
                     return
                 rows = rows.to(self.place.device)
-                with torch.no_grad(), self.place.amp():
-                    hidden = self.model.hidden(**rows.inputs)
+                with torch.no_grad(), self.place.amp(), settled(self.model):
+                    carried.again()
+                    hidden = self.model.hidden(**carried.join(rows.inputs, len(rows)))
+                    carried.take(hidden.mems)
+                    carried.end()
                     terms = self.model.terms(hidden, rows.targets)
                     if scorer is not None:
-                        scorer.add(rows, {head: self.model.heads[head].outputs(hidden) for head in terms})  # type: ignore[operator]
+                        read = {head: self.model.read_by(head, hidden) for head in terms}
+                        scorer.add(rows, {head: self.model.heads[head].outputs(read[head]) for head in terms})  # type: ignore[operator]
                 for head, term in terms.items():
+                    self.weights[head] = term.weight
                     sums[head] = sums.get(head, 0.0) + float(term.sum)
                     counts[head] = counts.get(head, 0) + int(term.count)
         finally:
             self.model.train()
         losses = {head: total / max(counts[head], 1) for head, total in sums.items()}
-        line: dict[str, Any] = {"step": step, "val_loss": sum(losses.values()), "val_tokens": sum(counts.values())}
+        line: dict[str, Any] = {"step": step, "val_loss": self.total(losses), "val_tokens": sum(counts.values())}
         if len(losses) > 1:
             line["val_losses"] = losses
         if scorer is not None:
@@ -256,12 +277,14 @@ class Trainer:
         """Say where the first NaN or infinity arose; weights and checkpoints stay as they were."""
         gradients = non_finite_gradients(self.model)
         where = None
+        self.carried.again()
         for rows in batch.split(self.job.plan.micro_batch):
             moved = rows.to(self.place.device)
+            inputs = self.carried.join(moved.inputs, len(moved))
 
-            def forward(moved: Batch = moved) -> Any:
+            def forward(moved: Batch = moved, inputs: dict[str, Any] = inputs) -> Any:
                 with self.place.amp():
-                    return self.model.losses(moved.inputs, moved.targets)
+                    return self.model.losses(inputs, moved.targets)
 
             where = where or first_non_finite(self.model, forward)
         step = self.progress.step + 1

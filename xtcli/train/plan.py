@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from xtcli.data.batch import Batch
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
-from xtcli.parts.stack import Block
+from xtcli.parts.recurrence import remembered
+from xtcli.parts.reversible import keeping
+from xtcli.parts.stack import applied
 from xtcli.runs.run import gib
 from xtcli.train.counting import Kernels
 from xtcli.train.optim import ADAMW_COPIES
@@ -47,11 +49,16 @@ class Cost:
     stream: int  # bytes of what enters a block
 
     def kept(self, skeleton: Graph, checkpointing: bool) -> int:
-        """Bytes kept for the backward pass; with recomputation the input of each block and the inside of one."""
-        if not checkpointing:
+        """Bytes kept for the backward pass; with recomputation the input of each block and the inside of one.
+
+        Reversible blocks are always computed again, and need the two streams behind the last of them alone.
+        """
+        run = applied(skeleton)
+        undone = any(block.reversible for block in run)
+        if not checkpointing and not undone:
             return self.activations
-        blocks = max(sum(isinstance(module, Block) for module in skeleton.modules()), 1)
-        return self.activations // blocks + blocks * self.stream
+        blocks = max(len(run), 1)
+        return self.activations // blocks + (2 if undone else blocks) * self.stream
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,18 @@ class Plan:
         return int(whole * (1 + WORKSPACE))
 
 
-def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cuda") -> Cost:
+def measure(
+    skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cuda", *, carried: bool = False
+) -> Cost:
     """The cost of one forward pass of `batch` through a model on the meta device, as on a device of type `device`.
 
     Padding masks are left out: they change no sizes. Heads that only look at supervised positions are
-    counted for those.
+    counted for those. carried: each row is read behind memories of earlier segments.
     """
     shown = {name: tensor for name, tensor in batch.inputs.items() if name not in MASKS}
     inputs = {name: torch.empty_like(tensor, device="meta") for name, tensor in shown.items()}
+    if carried:
+        inputs["mems"] = remembered(skeleton, len(batch))
     kept: dict[int, tuple[Any, int]] = {}
     owned = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
 
@@ -95,7 +106,8 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
 
     counter = FlopCounterMode(display=False)
     kernels = Kernels(device, dtype)
-    with kernels, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with keeping(skeleton), kernels, counter, hooks:
         hidden = skeleton.hidden(**inputs)
     body = counter.get_total_flops()
     sizes = [size for key, (_, size) in kept.items() if key not in kernels.casts]
@@ -104,7 +116,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
         head: Head = skeleton.heads[name]  # type: ignore[assignment]
         counter = FlopCounterMode(display=False)
         with counter:
-            made = head.outputs(hidden)
+            made = head.outputs(skeleton.read_by(name, hidden))
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)
         logits += int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
@@ -127,12 +139,13 @@ def make_plan(
     free: int,
     device: str = "cuda",
     cost: Cost | None = None,
+    carried: bool = False,
 ) -> Plan:
     """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes.
 
     `cost` is that of the first row, where it has been measured before.
     """
-    cost = cost or measure(skeleton, batch.split(1)[0], dtype, device)
+    cost = cost or measure(skeleton, batch.split(1)[0], dtype, device, carried=carried)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
     each = cost.kept(skeleton, checkpointing) + max(cost.logits, 2 * cost.widest)

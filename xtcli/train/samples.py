@@ -23,6 +23,11 @@ LABELLED = 3
 
 def draw(model: Graph, job: Any) -> str:
     """The sample as text: what the model writes, or what it says of the first labelled rows."""
+    own = (job.objective if job.validation is None else job.validation).drawn(
+        model, job.tokenizer, job.config.sample_tokens
+    )
+    if own is not None:
+        return str(own)
     if labels_texts(model, job.resolved.preset):
         return _labelled(model, job)
     prompts = list(job.config.sample_prompts) or [found for found in [_prompt(model, job)] if found]
@@ -58,7 +63,8 @@ def _labelled(model: Graph, job: Any) -> str:
 def _prompt(model: Graph, job: Any) -> str:
     """The beginning of a held-out (or else a training) text, with a gap where the task wants one."""
     split = job.validation if job.validation is not None else job.objective
-    row = next(iter(split.batch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)).inputs.values()))[0].tolist()
+    inputs = split.batch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)).inputs
+    row = (inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values())))[0].tolist()
     special = set(job.tokenizer.special.values()) | set(job.tokenizer.sentinels)
     ids = [token for token in row if token not in special][:PROMPT_TOKENS]
     if task_of(model) != "fill":

@@ -27,14 +27,20 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         elif isinstance(module, Head):
             module.loss = torch.compile(module.loss, **options)  # type: ignore[method-assign]
             count += 1
+    # What depends on the layer (scores carried from one to the next, routers) is compiled once for each; beyond its
+    # limit the compiler would go on without a word to the user, uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * count + 8)
     return count
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
-    """Recompute in place; dropout repeats its random numbers. Returns the number of blocks."""
+    """Recompute in place; dropout repeats its random numbers. Returns the number of blocks.
+
+    Reversible blocks are left as they are: they keep nothing that could be computed again instead.
+    """
     count = 0
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block) and not module.reversible:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
             count += 1
     return count

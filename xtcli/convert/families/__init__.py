@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from xtcli.convert.families.albert import ALBERT
+from xtcli.convert.families.bart import BART
 from xtcli.convert.families.bert import BERT
+from xtcli.convert.families.big_bird import BIG_BIRD
+from xtcli.convert.families.bloom import BLOOM
+from xtcli.convert.families.electra import ELECTRA
+from xtcli.convert.families.falcon import FALCON
 from xtcli.convert.families.gpt2 import GPT2
 from xtcli.convert.families.llama import LLAMA
+from xtcli.convert.families.longformer import LONGFORMER
+from xtcli.convert.families.longt5 import LONGT5
+from xtcli.convert.families.mixtral import MIXTRAL
+from xtcli.convert.families.reformer import REFORMER
+from xtcli.convert.families.roberta import ROBERTA
+from xtcli.convert.families.switch import SWITCH
 from xtcli.convert.families.t5 import T5
+from xtcli.convert.families.transfo_xl import TRANSFO_XL
 from xtcli.convert.family import Family
 
-FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, BERT, T5)
+FAMILIES: tuple[Family, ...] = (
+    GPT2,
+    LLAMA,
+    BERT,
+    T5,
+    BLOOM,
+    FALCON,
+    MIXTRAL,
+    SWITCH,
+    BART,
+    ALBERT,
+    REFORMER,
+    ELECTRA,
+    TRANSFO_XL,
+    ROBERTA,
+    LONGFORMER,
+    BIG_BIRD,
+    LONGT5,
+)
 
 
 def by_name() -> dict[str, Family]:

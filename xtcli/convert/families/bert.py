@@ -26,7 +26,8 @@ def _relative(key_term: bool) -> dict[str, Any]:
     return {"kind": "shaw", "distance": DISTANCE, "key_term": key_term}
 
 
-def _template(form: Form) -> dict[str, Any]:
+def template(form: Form) -> dict[str, Any]:
+    """The tree of a BERT; its relatives change some of its entries."""
     return {
         "kind": Key("is_decoder", bool, False, code=table({False: "encoder", True: "decoder"})),
         "vocab": Key("vocab_size", int, 30522),
@@ -92,7 +93,8 @@ SEQUENCE = {"labels": LABELS, "pick": "pooled", "dropout": CLASSIFIER_DROPOUT, "
 TRANSFORM = {"kind": "dense", "act": ACT, "norm": {"kind": "inherit"}}
 
 
-def _mlm(output: str) -> dict[str, Any]:
+def mlm(output: str) -> dict[str, Any]:
+    """A masked-language-model head."""
     return {"act": ACT, "tied": TIED, "output": output}
 
 
@@ -119,10 +121,10 @@ FORMS = (
     Form(
         "BertForPreTraining",
         "bert.",
-        {"mlm": _mlm("prediction_logits"), "nsp": {"output": "seq_relationship_logits"}},
+        {"mlm": mlm("prediction_logits"), "nsp": {"output": "seq_relationship_logits"}},
         POOLER,
     ),
-    Form("BertForMaskedLM", "bert.", {"mlm": _mlm("logits")}, {}, _both),
+    Form("BertForMaskedLM", "bert.", {"mlm": mlm("logits")}, {}, _both),
     Form(
         "BertLMHeadModel",
         "bert.",
@@ -157,7 +159,8 @@ def _attention(theirs: str, ours: str, norm: str) -> tuple[Rule, ...]:
     )
 
 
-def _trunk(config: Config) -> Sequence[Rule]:
+def trunk(config: Config) -> Sequence[Rule]:
+    """The names of the layers."""
     theirs, block = "encoder.layer.{layer}", "stack.blocks.{layer}"
     return (
         one("embeddings.word_embeddings.weight", "embed.tokens.weight"),
@@ -173,7 +176,8 @@ def _trunk(config: Config) -> Sequence[Rule]:
     )
 
 
-def _prediction(ours: str, transform: str) -> tuple[Rule, ...]:
+def prediction(ours: str, transform: str) -> tuple[Rule, ...]:
+    """The names of a language-model head."""
     return (
         *layer("cls.predictions.transform.dense", f"{transform}.dense"),
         *layer("cls.predictions.transform.LayerNorm", f"{transform}.norm"),
@@ -182,7 +186,8 @@ def _prediction(ours: str, transform: str) -> tuple[Rule, ...]:
     )
 
 
-def _ties(config: Any, prefix: str) -> Mapping[str, str]:
+def ties(config: Any, prefix: str) -> Mapping[str, str]:
+    """What a language-model head shares."""
     head = config.heads.get("mlm") or config.heads.get("lm")
     if head is None:
         return {}
@@ -200,19 +205,19 @@ BERT = Family(
     name="bert",
     types=("bert",),
     title="BERT",
-    template=_template,
+    template=template,
     forms=FORMS,
-    trunk=_trunk,
+    trunk=trunk,
     heads=(
-        *_prediction("heads.mlm", "heads.mlm"),
-        *_prediction("heads.lm", "heads.lm.transform"),
+        *prediction("heads.mlm", "heads.mlm"),
+        *prediction("heads.lm", "heads.lm.transform"),
         *layer("cls.seq_relationship", "heads.nsp.classifier"),
         *layer("classifier", "heads.sequence.classifier"),
         *layer("classifier", "heads.choice.classifier"),
         *layer("classifier", "heads.token.classifier"),
         *layer("qa_outputs", "heads.span.classifier"),
     ),
-    ties=_ties,
+    ties=ties,
     dead=_dead,
     drops=(
         Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),

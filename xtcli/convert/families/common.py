@@ -38,24 +38,28 @@ def activation(first: str | None) -> Code:
     return table({first: "identity" if first is None else _ACTIVATIONS[first]} | _ACTIVATIONS)
 
 
-def _labels(options: Options) -> int:
-    names = options.get("id2label", dict, None)
-    count = options.get("num_labels", int, None)
-    return len(names) if names is not None else 2 if count is None else int(count)
+def labels(usual: int) -> Custom:
+    """The number of labels: that of the names in `id2label`, `usual` without."""
+
+    def load(options: Options) -> int:
+        names = options.get("id2label", dict, None)
+        count = options.get("num_labels", int, None)
+        return len(names) if names is not None else usual if count is None else int(count)
+
+    def dump(value: Any, found: dict[str, Any]) -> None:
+        # Where no names mean another number than the base of all configs has, they are said anyway.
+        if value != usual or usual != 2:
+            found["id2label"] = {str(number): f"LABEL_{number}" for number in range(value)}
+            found["label2id"] = {f"LABEL_{number}": number for number in range(value)}
+
+    return Custom(load, dump)
 
 
-def _count_labels(value: Any, found: dict[str, Any]) -> None:
-    if value != 2:
-        found["id2label"] = {str(number): f"LABEL_{number}" for number in range(value)}
-        found["label2id"] = {f"LABEL_{number}": number for number in range(value)}
-
-
-LABELS = Custom(_labels, _count_labels)
-"""The number of labels: that of the names in `id2label`, 2 without."""
+LABELS = labels(2)
 
 
 def _two(options: Options) -> Any:
-    count = _labels(options)
+    count = LABELS.load(options)
     if count != 2:
         options.refuse("id2label", f"names {count} labels, but question answering has two outputs", "name two, or none")
     return {}
@@ -90,6 +94,11 @@ PAD = Key(
     "pad_token_id", int, None, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
 )
 START = Key("decoder_start_token_id", int, None)
+
+
+def given(options: Options, name: str, kind: type, default: Any) -> Any:
+    """The value of a key that may be null, which is not the same as leaving it out."""
+    return options.get(name, kind, None) if name in options.values else default
 
 
 def is_lower_triangle(tensor: Tensor, config: Config) -> bool:

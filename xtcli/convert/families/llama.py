@@ -27,6 +27,10 @@ def _write_head_dim(value: Any, found: dict[str, Any]) -> None:
     found["head_dim"] = derived if value is None else value
 
 
+HEAD_DIM = Custom(_head_dim, _write_head_dim)
+"""The width of a head, of families whose config.json may leave it to be derived."""
+
+
 def _template(form: Form) -> dict[str, Any]:
     return {
         "kind": "decoder",
@@ -52,7 +56,7 @@ def _template(form: Form) -> dict[str, Any]:
                         "kind": "attention",
                         "heads": Key("num_attention_heads", int, 32),
                         "kv_heads": Key("num_key_value_heads", int, None),
-                        "head_dim": Custom(_head_dim, _write_head_dim),
+                        "head_dim": HEAD_DIM,
                         "bias": BIAS,
                         "dropout": Key("attention_dropout", float, 0.0),
                     },
@@ -94,14 +98,17 @@ def _trunk(config: Config) -> Sequence[Rule]:
     )
 
 
-def _ties(config: Any, prefix: str) -> Mapping[str, str]:
+def ties(config: Any, prefix: str) -> Mapping[str, str]:
+    """A tied head stands for the token table."""
     lm = config.heads.get("lm")
     return {"lm_head.weight": f"{prefix}embed_tokens.weight"} if lm is not None and lm.tied else {}
 
 
-def _is_inverse_frequencies(tensor: Tensor, config: Any) -> bool:
+def is_inverse_frequencies(tensor: Tensor, config: Any) -> bool:
     """The frequencies that the config states, at the precision of the file."""
     position = config.stack.position
+    if position.kind != "rotary":
+        return False
     attention = config.stack.block.sublayers["attn"]
     width = attention.head_dim or config.dim // attention.heads
     length = torch.ones(1, 1, dtype=torch.long)
@@ -129,10 +136,10 @@ LLAMA = Family(
         *layer("score", "heads.token.classifier"),
         *layer("qa_outputs", "heads.span.classifier"),
     ),
-    ties=_ties,
+    ties=ties,
     drops=(
-        Drop("layers.{layer}.self_attn.rotary_emb.inv_freq", "the rotary frequencies", _is_inverse_frequencies),
-        Drop("rotary_emb.inv_freq", "the rotary frequencies", _is_inverse_frequencies),
+        Drop("layers.{layer}.self_attn.rotary_emb.inv_freq", "the rotary frequencies", is_inverse_frequencies),
+        Drop("rotary_emb.inv_freq", "the rotary frequencies", is_inverse_frequencies),
     ),
     prefixes=("model.", "transformer.", ""),
     fixed={"is_encoder_decoder": (False,), "partial_rotary_factor": (1.0, None)},

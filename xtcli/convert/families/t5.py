@@ -45,6 +45,8 @@ def _feed_forward(options: Options) -> dict[str, Any]:
 
 
 def _write_feed_forward(value: Any, found: dict[str, Any]) -> None:
+    if value["kind"] not in ("mlp", "glu"):
+        raise Unexpressed(f"no option stands for '{value['kind']}'")
     act, gated = ACT.dump(value["act"]), value["kind"] == "glu"
     if gated and value["act"] == "gelu_tanh":
         found |= {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
@@ -56,7 +58,8 @@ def _write_feed_forward(value: Any, found: dict[str, Any]) -> None:
 FEED_FORWARD = Custom(_feed_forward, _write_feed_forward)
 
 
-def _attention(kind: str) -> dict[str, Any]:
+def plain(kind: str) -> dict[str, Any]:
+    """An attention of this kind."""
     return {
         "kind": kind,
         "heads": Key("num_heads", int, 8, ("num_attention_heads",)),
@@ -67,7 +70,8 @@ def _attention(kind: str) -> dict[str, Any]:
     }
 
 
-def _side(layers: Any, cross: bool) -> dict[str, Any]:
+def side(layers: Any, cross: bool, attention: Any = None) -> dict[str, Any]:
+    """One side of the network; `attention` stands in for the usual kind."""
     return {
         "embed": {"kind": "tokens", "dropout": DROPOUT},
         "stack": {
@@ -81,8 +85,8 @@ def _side(layers: Any, cross: bool) -> dict[str, Any]:
             "block": {
                 "wiring": {"kind": "pre", "dropout": DROPOUT},
                 "sublayers": {
-                    "attn": _attention("attention"),
-                    **({"cross": _attention("cross-attention")} if cross else {}),
+                    "attn": plain("attention") if attention is None else attention,
+                    **({"cross": plain("cross-attention")} if cross else {}),
                     "ffn": FEED_FORWARD,
                 },
             },
@@ -90,7 +94,8 @@ def _side(layers: Any, cross: bool) -> dict[str, Any]:
     }
 
 
-def _template(form: Form) -> dict[str, Any]:
+def template(form: Form) -> dict[str, Any]:
+    """What both sides share."""
     return {
         "vocab": Key("vocab_size", int, 32128),
         "dim": Key("d_model", int, 512, ("hidden_size",)),
@@ -122,13 +127,15 @@ SEQUENCE = {
 BOTH = {
     "kind": "encoder-decoder",
     "start": START,
-    "encoder": _side(LAYERS, cross=False),
-    "decoder": _side(DECODER_LAYERS, cross=True),
+    "encoder": side(LAYERS, cross=False),
+    "decoder": side(DECODER_LAYERS, cross=True),
 }
-ENCODER = {"kind": "encoder", **_side(LAYERS, cross=False)}
+ENCODER = {"kind": "encoder", **side(LAYERS, cross=False)}
 
 
-def _legacy(prefix: str) -> Any:
+def legacy(prefix: str) -> Any:
+    """A bias that old files hold for the cross-attention, where none is used."""
+
     def groups(config: Any) -> tuple[Shapes, ...]:
         attention = config.decoder.stack.block.sublayers["cross"]
         name = f"{prefix}decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -138,27 +145,28 @@ def _legacy(prefix: str) -> Any:
 
 
 FORMS = (
-    Form("T5ForConditionalGeneration", "", {"lm": LM}, BOTH, _legacy("")),
-    Form("T5Model", "", {}, BOTH, _legacy("")),
+    Form("T5ForConditionalGeneration", "", {"lm": LM}, BOTH, legacy("")),
+    Form("T5Model", "", {}, BOTH, legacy("")),
     Form("T5EncoderModel", "", {}, ENCODER),
-    Form("T5ForSequenceClassification", "transformer.", {"sequence": SEQUENCE}, BOTH, _legacy("transformer.")),
+    Form("T5ForSequenceClassification", "transformer.", {"sequence": SEQUENCE}, BOTH, legacy("transformer.")),
     Form("T5ForTokenClassification", "transformer.", {"token": {"labels": LABELS, "dropout": LABEL_DROPOUT}}, ENCODER),
-    Form("T5ForQuestionAnswering", "", {"span": TWO_OUTPUTS}, BOTH, _legacy("")),
+    Form("T5ForQuestionAnswering", "", {"span": TWO_OUTPUTS}, BOTH, legacy("")),
 )
 
 
-def _tower(side: str, ours: str, cross: bool) -> tuple[Rule, ...]:
+def tower(side: str, ours: str, cross: bool, attention: str) -> tuple[Rule, ...]:
+    """The names of one side but for what enters its feed-forwards."""
     block = f"{ours}stack.blocks.{{layer}}"
     theirs = f"{side}.block.{{layer}}.layer"
     last = f"{theirs}.{2 if cross else 1}"
     read = "qkvo"
     return (
         one(
-            f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{side}.block.0.layer.0.{attention}.relative_attention_bias.weight",
             f"{ours}stack.shared.biases.0.table.weight",
         ),
         *layer(f"{theirs}.0.layer_norm", f"{block}.wiring.norm.attn"),
-        *(rule for n in read for rule in layer(f"{theirs}.0.SelfAttention.{n}", f"{block}.attn.{n}")),
+        *(rule for n in read for rule in layer(f"{theirs}.0.{attention}.{n}", f"{block}.attn.{n}")),
         *layer(f"{theirs}.1.layer_norm", f"{block}.wiring.norm.cross"),
         *(rule for n in read for rule in layer(f"{theirs}.1.EncDecAttention.{n}", f"{block}.cross.{n}")),
         *layer(f"{last}.layer_norm", f"{block}.wiring.norm.ffn"),
@@ -167,7 +175,8 @@ def _tower(side: str, ours: str, cross: bool) -> tuple[Rule, ...]:
     )
 
 
-def _trunk(config: Any) -> Sequence[Rule]:
+def trunk(config: Any, attention: str = "SelfAttention") -> Sequence[Rule]:
+    """The names of the layers; `attention` is that of the encoder's self-attention."""
     both = config.kind == "encoder-decoder"
     towers = (
         (("encoder", "encoder.", False, config.encoder.stack), ("decoder", "decoder.", True, config.decoder.stack))
@@ -176,7 +185,7 @@ def _trunk(config: Any) -> Sequence[Rule]:
     )
     rules = [one("shared.weight", "tokens.weight" if both else "embed.tokens.weight")]
     for side, ours, cross, stack in towers:
-        rules += _tower(side, ours, cross)
+        rules += tower(side, ours, cross, attention if side == "encoder" else "SelfAttention")
         theirs = f"{side}.block.{{layer}}.layer.{2 if cross else 1}.DenseReluDense"
         block = f"{ours}stack.blocks.{{layer}}.ffn"
         if stack.block.sublayers["ffn"].kind == "glu":
@@ -186,7 +195,8 @@ def _trunk(config: Any) -> Sequence[Rule]:
     return rules
 
 
-def _ties(config: Any, prefix: str) -> Mapping[str, str]:
+def ties(config: Any, prefix: str) -> Mapping[str, str]:
+    """What shares the token table."""
     sides = ("encoder", "decoder") if config.kind == "encoder-decoder" else ("encoder",)
     ties = {f"{prefix}{side}.embed_tokens.weight": f"{prefix}shared.weight" for side in sides}
     lm = config.heads.get("lm")
@@ -197,9 +207,9 @@ T5 = Family(
     name="t5",
     types=("t5",),
     title="T5",
-    template=_template,
+    template=template,
     forms=FORMS,
-    trunk=_trunk,
+    trunk=trunk,
     heads=(
         one("lm_head.weight", "heads.lm.decoder.weight"),
         *layer("classification_head.dense", "heads.sequence.dense"),
@@ -207,7 +217,7 @@ T5 = Family(
         *layer("classifier", "heads.token.classifier"),
         *layer("qa_outputs", "heads.span.classifier"),
     ),
-    ties=_ties,
+    ties=ties,
     prefixes=("", "transformer."),
     fixed={"add_cross_attention": (False,), "is_decoder": (False,)},
     neutral=frozenset(

@@ -1,0 +1,170 @@
+"""BigBird: a BERT of blocks, or of full attention where `attention_type` says so, and where it is a decoder.
+
+The reference reads a text in full where its blocks would reach nearly all of it; a decoder of blocks is one only on
+such texts, and is taken for one of full attention where its places allow no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from xtcli.convert.families import bert
+from xtcli.convert.families.bert import ATTENTION_DROPOUT, CLASSIFIER_DROPOUT, CROSS, DROPOUT, POOLER, TIED
+from xtcli.convert.families.common import LABELS, TWO_OUTPUTS, activation, counts_up, is_zero
+from xtcli.convert.families.roberta import sequence
+from xtcli.convert.family import Drop, Family, Form, Shapes
+from xtcli.convert.options import Custom, Key, Options, table
+from xtcli.convert.rules import Rule, layer
+from xtcli.registry import Config
+
+ACT = Key("hidden_act", str, "gelu_new", code=activation("gelu_new"))
+CONTEXT = Key("max_position_embeddings", int, 4096)
+HEADS = Key("num_attention_heads", int, 12)
+BIAS = Key("use_bias", bool, True)
+BLOCK = Key("block_size", int, 64)
+RANDOM = Key("num_random_blocks", int, 3)
+TYPE = "attention_type"
+SEPARATOR = Key("sep_token_id", int, 66)
+TRANSFORM = {"kind": "dense", "act": ACT, "norm": {"kind": "inherit"}}
+
+
+def _attention(options: Options) -> dict[str, Any]:
+    stated = options.get(TYPE, str, "block_sparse")
+    block, random = BLOCK.load(options), RANDOM.load(options)
+    decoder = options.get("is_decoder", bool, False)
+    if CROSS.load(options):
+        options.refuse(
+            CROSS.name,
+            "is true: the reference then reads the other text in the place of its own, in both attentions of a layer",
+            "convert without it",
+        )
+    if stated not in ("block_sparse", "original_full"):
+        options.refuse(TYPE, f"is {stated!r}", "it is block_sparse or original_full")
+    common = {"heads": HEADS.load(options), "bias": BIAS.load(options), "out_bias": True}
+    common["dropout"] = ATTENTION_DROPOUT.load(options)
+    if stated != "block_sparse" or decoder:
+        full = (5 + 2 * random) * block
+        if stated == "block_sparse" and CONTEXT.load(options) > full:
+            options.refuse(
+                TYPE,
+                f"is 'block_sparse' in a decoder, which then sees the future of texts beyond {full} tokens",
+                "set attention_type to original_full",
+            )
+        return {"kind": "attention", **common}
+    return {"kind": "block-sparse", **common, "block": block, "random": random}
+
+
+def _write_attention(value: Any, found: dict[str, Any]) -> None:
+    blocks = value["kind"] == "block-sparse"
+    found |= {TYPE: "block_sparse" if blocks else "original_full", "use_bias": value["bias"]}
+    found |= {"num_attention_heads": value["heads"], "attention_probs_dropout_prob": value["dropout"]}
+    if blocks:
+        found |= {"block_size": value["block"], "num_random_blocks": value["random"]}
+
+
+FFN = {"kind": "mlp", "hidden": Key("intermediate_size", int, 3072), "act": ACT}
+
+
+def template(form: Form) -> dict[str, Any]:
+    """The tree of a BigBird."""
+    tree = bert.template(form)
+    tree |= {
+        "vocab": Key("vocab_size", int, 50358),
+        "context": CONTEXT,
+        "pad": Key("pad_token_id", int, 0),
+        "memory": None,
+    }
+    tree["embed"] = tree["embed"] | {
+        "positions": {"kind": "learned"},
+        "scale": Key("rescale_embeddings", bool, False, code=table({False: 1.0, True: "sqrt-dim"})),
+        "separator": SEPARATOR if "question-span" in form.heads else None,
+    }
+    sublayers = {"attn": Custom(_attention, _write_attention), "ffn": FFN}
+    tree["stack"] = tree["stack"] | {"block": tree["stack"]["block"] | {"sublayers": sublayers}}
+    return tree
+
+
+QUESTION = {"separator": SEPARATOR, "hidden": Key("intermediate_size", int, 3072), "act": ACT, "dropout": DROPOUT}
+
+
+def _question(options: Options) -> dict[str, Any]:
+    TWO_OUTPUTS.load(options)
+    return {name: mark.load(options) for name, mark in QUESTION.items()}
+
+
+def _write_question(value: Any, found: dict[str, Any]) -> None:
+    for name, mark in QUESTION.items():
+        mark.dump(value[name], found, f"heads.question-span.{name}")
+
+
+def _mlm(output: str) -> dict[str, Any]:
+    return {"act": ACT, "tied": TIED, "output": output}
+
+
+FORMS = (
+    Form(
+        "BigBirdForPreTraining",
+        "bert.",
+        {"mlm": _mlm("prediction_logits"), "nsp": {"output": "seq_relationship_logits"}},
+        POOLER,
+    ),
+    Form("BigBirdForMaskedLM", "bert.", {"mlm": _mlm("logits")}),
+    Form("BigBirdForCausalLM", "bert.", {"lm": {"tied": TIED, "bias": True, "transform": TRANSFORM, "shift": True}}),
+    Form("BigBirdModel", "", {}, POOLER),
+    Form("BigBirdModel", "", {}),
+    Form("BigBirdForSequenceClassification", "bert.", {"sequence": sequence(ACT, CLASSIFIER_DROPOUT)}),
+    Form("BigBirdForMultipleChoice", "bert.", {"choice": {"dropout": DROPOUT}}, POOLER),
+    Form("BigBirdForTokenClassification", "bert.", {"token": {"labels": LABELS, "dropout": CLASSIFIER_DROPOUT}}),
+    Form("BigBirdForQuestionAnswering", "bert.", {"question-span": Custom(_question, _write_question)}),
+    Form("BigBirdForQuestionAnswering", "bert.", {"question-span": Custom(_question, _write_question)}, POOLER),
+)
+
+
+def trunk(config: Config) -> Sequence[Rule]:
+    """BERT's names, but for the pooler, which is the dense layer itself."""
+    return (*(rule for rule in bert.trunk(config) if "pooler" not in rule.theirs[0]), *layer("pooler", "pooler.dense"))
+
+
+def _dead(config: Any) -> Shapes:
+    """The pooler that most classes have and do not read."""
+    if config.pooler is not None or not {"mlm", "lm", "sequence", "token"} & set(config.heads):
+        return {}
+    return {"pooler.weight": (config.dim, config.dim), "pooler.bias": (config.dim,)}
+
+
+BIG_BIRD = Family(
+    name="big_bird",
+    types=("big_bird",),
+    title="BigBird",
+    template=template,
+    forms=FORMS,
+    trunk=trunk,
+    heads=(
+        *bert.prediction("heads.mlm", "heads.mlm"),
+        *bert.prediction("heads.lm", "heads.lm.transform"),
+        *layer("cls.seq_relationship", "heads.nsp.classifier"),
+        *layer("classifier.dense", "heads.sequence.dense"),
+        *layer("classifier.out_proj", "heads.sequence.classifier"),
+        *layer("classifier", "heads.choice.classifier"),
+        *layer("classifier", "heads.token.classifier"),
+        *layer("qa_classifier.intermediate.dense", "heads.question-span.up"),
+        *layer("qa_classifier.output.dense", "heads.question-span.down"),
+        *layer("qa_classifier.output.LayerNorm", "heads.question-span.norm"),
+        *layer("qa_classifier.qa_outputs", "heads.question-span.classifier"),
+    ),
+    ties=bert.ties,
+    dead=_dead,
+    drops=(
+        Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),
+        Drop("embeddings.token_type_ids", "zeros", is_zero),
+    ),
+    prefixes=("bert.", ""),
+    fixed={"is_encoder_decoder": (False,)},
+    # What the blocks are made of has no effect where attention is full; no position_embedding_type is read.
+    neutral=frozenset(
+        """
+        classifier_dropout tie_word_embeddings position_embedding_type block_size num_random_blocks attention_type
+        """.split()
+    ),
+)

@@ -1,0 +1,235 @@
+"""Attention of blocks of queries to few keys each, so that time and memory grow with the length and not its square.
+
+    blocks   T places = N blocks of C; block n of the queries sees K keys, gathered for it
+    window   C = radius: what lies within `radius` of a block is in the blocks before, at and after it, K = 3 C
+    strands  a window with dilation d is one without in each of the d strands of every d-th place
+
+Blocks are handed to the ordinary kernels as rows of a batch, `SLAB` scores at a time; with gradients each slab is
+computed again on the way back, so that the scores of one are held and not those of the text. A text that its window
+nearly spans is one dense block.
+
+Axes: B rows, H query heads, G key/value heads, T places, D head width, N blocks, C queries and K keys of a block,
+E keys that every block sees besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from xtcli.parts.context import Ctx, Visible
+
+SLAB = 2**24
+"""Scores that are computed at once."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
+"""q (B, H, T, D), k and v (B, G, S, D) and what is visible -> (B, H, T, D)."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Keys that every block sees besides its own: k and v (B, G, E, D); `mask(start, stop)` is what the queries
+    `start` to `stop` see of them, (B|1, H|1, queries, E), bool or additive."""
+
+    k: Tensor
+    v: Tensor
+    mask: Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Band:
+    """A window over one text. `seen` (B|1, N, C, K) and `bias` (1, H, C, K) or None; dense where `size` is 0: then
+    N is 1, C and K are T."""
+
+    seen: Tensor
+    bias: Tensor | None = None
+    size: int = 0
+    dilation: int = 1
+
+    def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, aside: Aside | None = None) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+        length, size = q.shape[2], self.size
+        if not size:
+            mask = self.mask(self.seen)
+            if aside is not None:
+                k, v = torch.cat((k, aside.k), 2), torch.cat((v, aside.v), 2)
+                mask = beside(mask, aside.mask(0, length))
+            return kernel(q, k, v, Visible(mask))
+        q, k, v = (blocks(strands(x, self.dilation), size) for x in (q, k, v))
+        k, v = neighbours(k), neighbours(v)
+        rows = q.shape[0]
+        more = None if aside is None else replace(aside, k=self.shared(aside.k), v=self.shared(aside.v))
+
+        def step(first: int, last: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen = self.seen[:, first:last]
+            mask = self.mask(tiled(seen, rows).flatten(0, 1))
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+            if more is not None:
+                number = last - first
+                k, v = torch.cat((k, spread(more.k, number)), 2), torch.cat((v, spread(more.v, number)), 2)
+                mask = beside(mask, self.aside_mask(more, first, last, length, rows))
+            return kernel(q, k, v, Visible(mask))
+
+        extra = 0 if aside is None else aside.k.shape[2]
+        y = in_slabs(step, q, k, v, rows * q.shape[1] * size * (3 * size + extra))
+        return together(y.flatten(2, 3), self.dilation, length)
+
+    def mask(self, seen: Tensor) -> Tensor:
+        """Seen (R, C, K) and the bias as a mask of the kernel, (R, H|1, C, K)."""
+        seen = seen.flatten(0, 1)[:, None] if seen.dim() == 4 else seen[:, None]
+        return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Keys for all strands of a row: (B, G, E, D) -> (B dilation, G, E, D)."""
+        return x if self.dilation == 1 else x.repeat_interleave(self.dilation, 0)
+
+    def aside_mask(self, aside: Aside, first: int, last: int, length: int, rows: int) -> Tensor:
+        """The mask of the keys aside for blocks `first` to `last` of each strand, (rows x blocks, H|1, C, E)."""
+        size, width = self.size, self.dilation
+        start, stop = first * size * width, min(last * size * width, length)
+        mask = aside.mask(start, stop)
+        if mask.shape[2] == 1 and stop - start != 1:
+            mask = mask.expand(-1, -1, stop - start, -1)
+        mask = F.pad(mask, (0, 0, 0, last * size * width - stop))
+        whole = mask.expand(rows // width, *mask.shape[1:])
+        apart = strands(whole, width).unflatten(2, (last - first, size))
+        return apart.transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def strands(x: Tensor, width: int) -> Tensor:
+    """Every `width`-th place together: (B, H, T, D) -> (B width, H, T / width, D), T filled with zeros."""
+    if width == 1:
+        return x
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % width)).unflatten(2, (-1, width))
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def together(x: Tensor, width: int, length: int) -> Tensor:
+    """The inverse of `strands`, cut to `length` places."""
+    if width > 1:
+        x = x.unflatten(0, (-1, width)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return x[:, :, :length]
+
+
+def blocks(x: Tensor, size: int) -> Tensor:
+    """(B, H, T, D) -> (B, H, N, size, D), filled with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))  # type: ignore[no-any-return]
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Blocks (B, H, N, C, D) with the ones before and after them, (B, H, N, 3 C, D)."""
+    padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+    return torch.cat((padded[:, :, :-2], x, padded[:, :, 2:]), 3)
+
+
+def tiled(x: Tensor, rows: int) -> Tensor:
+    """(R, ...) repeated to `rows` rows, of which R is a divisor."""
+    return x.expand(rows, *x.shape[1:]) if x.shape[0] in (1, rows) else x.repeat(rows // x.shape[0], 1, 1, 1)
+
+
+def spread(x: Tensor, count: int) -> Tensor:
+    """(B, G, E, D) for each of `count` blocks: (B count, G, E, D)."""
+    return x[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+
+
+def beside(mask: Tensor, other: Tensor) -> Tensor:
+    """Two masks over different keys as one; both become additive where one is."""
+    if mask.dtype != other.dtype:
+        kind = other.dtype if mask.dtype == torch.bool else mask.dtype
+        mask, other = additive(mask, kind), additive(other, kind)
+    shape = torch.broadcast_shapes(mask.shape[:-1], other.shape[:-1])
+    return torch.cat((mask.expand(*shape, -1), other.expand(*shape, -1)), -1)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def in_slabs(
+    step: Callable[[int, int, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, scores: int
+) -> Tensor:
+    """`step(first, last, q, k, v)` for slabs of the N blocks of q (B, H, N, C, D), k and v (B, G, N, K, D); it gives
+    (B x blocks, H, C, D). All of them: (B, H, N, C, D). `scores` are those of one block of all rows."""
+    count = max(SLAB // scores, 1)
+    several = count < q.shape[2]
+    again = several and torch.is_grad_enabled()
+    done, first = [], 0
+    for parts in zip(*(x.split(count, 2) for x in (q, k, v)), strict=True):
+        last = first + parts[0].shape[2]
+        y = checkpoint(step, first, last, *parts, use_reentrant=False) if again else step(first, last, *parts)
+        done.append(y.unflatten(0, (q.shape[0], -1)))
+        first = last
+    return (torch.cat(done, 1) if several else done[0]).transpose(1, 2)
+
+
+class WindowLayout(nn.Module):
+    """The window of some layers over the text of a call; `bias` is the number of the stack's bias, if any."""
+
+    def __init__(self, radius: int, dilation: int, bias: int | None) -> None:
+        super().__init__()
+        self.radius, self.dilation, self.bias = radius, dilation, bias
+
+    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> Band:
+        """The band for queries x (B, T, dim)."""
+        return self.band(x, ctx, biases, ctx.keep)
+
+    def band(self, x: Tensor, ctx: Ctx, biases: Any, keys: Tensor | None) -> Band:
+        """The band whose windows hold the keys (B, T) that are True, all of them without."""
+        length, radius, width = x.shape[1], self.radius, self.dilation
+        dense = length <= 3 * radius * width
+        size = length if dense else radius
+        bias = None
+        if self.bias is not None:
+            before, span = (0, size) if dense else (size, 3 * size)
+            bias = by_distance(biases[self.bias], before, size, span, x)
+        if dense:
+            slots = torch.arange(length, device=x.device)
+            step = slots[None, :] - slots[:, None]
+            near = (step.abs() <= radius * width) & (step % width == 0)
+            return Band(self.apart(near[None, None], keys, ctx.documents, whole=True), bias, 0, width)
+        steps = torch.arange(3 * size, device=x.device)[None, :] - size - torch.arange(size, device=x.device)[:, None]
+        near = (steps.abs() <= radius)[None, None]
+        real = keys if keys is not None else torch.ones(1, length, dtype=torch.bool, device=x.device)
+        return Band(self.apart(near, real, ctx.documents, whole=False), bias, size, width)
+
+    def apart(self, near: Tensor, keys: Tensor | None, documents: Tensor | None, whole: bool) -> Tensor:
+        """What is near, real and of the same document: (B|1, N, C, K). A query that would see nothing sees itself."""
+        size = near.shape[2]
+
+        def own(x: Tensor) -> Tensor:
+            return x[:, None] if whole else blocks(strands(x[:, None, :, None], self.dilation), size)[:, 0, :, :, 0]
+
+        def around(x: Tensor) -> Tensor:
+            if whole:
+                return x[:, None]
+            return neighbours(blocks(strands(x[:, None, :, None], self.dilation), size))[:, 0, :, :, 0]
+
+        seen = near
+        if keys is not None:
+            seen = seen & around(keys.float()).bool()[:, :, None, :]
+        if documents is not None:
+            # The fill of a last block has number 0, and no document may have it.
+            numbers = documents + 2
+            seen = seen & (own(numbers)[..., None] == around(numbers)[:, :, None, :])
+        if keys is not None:
+            itself = torch.zeros_like(near)
+            itself.diagonal(0 if whole else size, 2, 3).fill_(True)
+            seen = seen | (~seen.any(-1, keepdim=True) & itself)
+        return seen
+
+
+def by_distance(bias: Any, before: int, queries: int, span: int, x: Tensor) -> Tensor:
+    """What a position adds for `queries` of `span` slots, the first of them at `before`: (1, H, queries, span)."""
+    slots = torch.arange(span, device=x.device)[None]
+    ctx = Ctx(positions=slots[:, before : before + queries], keys=slots, offset=before)
+    scores: Tensor = bias.scores(ctx, queries)
+    return scores.to(x.dtype)

@@ -1,0 +1,168 @@
+"""A sliding window with global tokens (Beltagy et al. 2020, Longformer, arXiv:2004.05150).
+
+    local query    softmax over [the global tokens, the window without them], all with q, k, v
+    global query   softmax over the whole text with q_global, k_global, v_global, in place of that
+
+Which tokens are global is data: the input `global_attention_mask` (B, T), 1 for global. Without it the field
+`globals` decides. Padding is never global, and its own output is nothing but the output's bias. Cost is linear in
+the length for a fixed number of global tokens (bands.py).
+
+Axes as in bands.py; E global tokens of a row, filled up to the largest number in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xtcli.parts.bands import Aside, Band, WindowLayout
+from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.linear import Linear
+from xtcli.parts.local import Near
+from xtcli.parts.masks import keys_only
+from xtcli.parts.scope import Impossible, Scope
+from xtcli.registry import field, part
+
+Globals = Literal["none", "first", "before-separator", "after-separator"]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The global tokens: `places` (B, E), T where a row has fewer, `real` (B, E), and what the queries see of
+    them, (B, 1, 1|T, E)."""
+
+    places: Tensor
+    real: Tensor
+    seen: Tensor
+
+    def pick(self, x: Tensor) -> Tensor:
+        """x (B, ..., T, D) at the global tokens, (B, ..., E, D)."""
+        length = x.shape[-2]
+        index = self.places.clamp(max=length - 1).reshape(-1, *[1] * (x.dim() - 3), self.places.shape[1], 1)
+        return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+
+    def put(self, y: Tensor, found: Tensor) -> Tensor:
+        """y (B, H, T, D) with `found` (B, H, E, D) in place of what stood at the global tokens."""
+        index = self.places[:, None, :, None].expand_as(found)
+        # Tokens that fill up a row go to a place behind the text.
+        return nn.functional.pad(y, (0, 0, 0, 1)).scatter(2, index, found)[:, :, :-1]
+
+
+class MarkedLayout(WindowLayout):
+    """A window without the global tokens, and those."""
+
+    def __init__(self, radius: int, dilation: int, bias: int | None, usual: Globals, separator: int) -> None:
+        super().__init__(radius, dilation, bias)
+        self.usual, self.separator = usual, separator
+
+    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band, Marked | None]:  # type: ignore[override]
+        """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
+        found = self.find(x, ctx)
+        count = 0
+        if found is not None:
+            found = found if ctx.keep is None else found & ctx.keep
+            # How many there are is in the data, which the meta device has none of: there each row has one.
+            count = 1 if found.is_meta else int(found.sum(1).max())
+        if found is None or not count:
+            return self.band(x, ctx, biases, ctx.keep), None
+        keys = ~found if ctx.keep is None else ctx.keep & ~found
+        length = x.shape[1]
+        slots = torch.arange(length, device=x.device)
+        places = torch.where(found, slots, length).sort(1).values[:, :count]
+        real = places < length
+        seen = real[:, None, None, :]
+        if ctx.documents is not None:
+            theirs = ctx.documents.expand(len(places), -1).gather(1, places.clamp(max=length - 1))
+            seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
+        return self.band(x, ctx, biases, keys), Marked(places, real, seen)
+
+    def find(self, x: Tensor, ctx: Ctx) -> Tensor | None:
+        """The global tokens (B, T), those of padding among them; None where there are none."""
+        given = ctx.extras.get("global_attention_mask")
+        if given is not None:
+            if given.shape != x.shape[:2]:
+                raise ValueError(f"global_attention_mask has shape {tuple(given.shape)}, expected {tuple(x.shape[:2])}")
+            return given > 0
+        if self.usual == "none" or (ctx.ids is None and self.usual != "first"):
+            return None
+        place = torch.arange(x.shape[1], device=x.device)
+        if self.usual == "first":
+            return (place == 0).expand(x.shape[:2])
+        assert ctx.ids is not None
+        ends = ctx.ids == self.separator
+        if not ends.is_meta and not bool((ends.sum(1) == 3).all()):
+            raise ValueError(
+                f"which tokens are global is told by the separator {self.separator}, which stands in every text three "
+                "times; give global_attention_mask where it does not"
+            )
+        first = ends.int().argmax(1)[:, None]
+        return place < first if self.usual == "before-separator" else place > first + 1
+
+
+@part("mixer", "sliding-global")
+class SlidingGlobal(Near):
+    """Self-attention within a window, and over everything for some tokens."""
+
+    reads = ("global_attention_mask",)
+
+    class Config(Near.Config):
+        """A sliding window and global tokens."""
+
+        globals: Globals = field(
+            "global tokens where global_attention_mask is not given: none, the first, those before the first of three "
+            "separators (a question), or behind the second (the choices)",
+            "none",
+        )
+        separator: int = field("id of the separator", 2, ge=0, tiny=511)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__(config, scope)
+        wide, narrow = self.heads * self.head_dim, self.groups * self.head_dim
+        self.q_global = Linear(scope.dim, wide, config.bias, "query")
+        self.k_global = Linear(scope.dim, narrow, config.bias)
+        self.v_global = Linear(scope.dim, narrow, config.bias)
+
+    def look(self, config: Any, scope: Scope, bias: int | None) -> None:
+        if bias is not None or isinstance(self.turn_keys, partial) or isinstance(self.place, nn.Module):
+            raise Impossible(
+                "position", "global tokens see all places alike: attention has no positions here", "set position: none"
+            )
+        self.more = (config.globals, config.separator)
+        self.seen_words = "and tokens of global_attention_mask see everything and are seen by all"
+        if config.globals != "none":
+            self.seen_words += f"; without it, globals is {config.globals}"
+        super().look(config, scope, bias)
+
+    def lay_out(self, *sizes: Any) -> nn.Module:
+        return MarkedLayout(*sizes)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """x (B, T, dim) -> (B, T, dim)."""
+        band, marked = ctx.layouts[self.layout]
+        q, k, v = self.queries_keys_values(x, ctx)
+        if marked is None:
+            return self.leave(band.attend(self.kernel, q, k, v), x, ctx)
+        aside = Aside(marked.pick(k), marked.pick(v), lambda start, stop: rows(marked.seen, start, stop))
+        y = band.attend(self.kernel, q, k, v, aside)
+        return self.leave(marked.put(y, self.everywhere(x, marked, ctx)), x, ctx)
+
+    def everywhere(self, x: Tensor, marked: Marked, ctx: Ctx) -> Tensor:
+        """What the global tokens find in the whole text, (B, H, E, D)."""
+        q = self.q_norm(self.split(self.q_global(marked.pick(x)), self.heads))
+        k = self.k_norm(self.split(self.k_global(x), self.groups))
+        v = self.split(self.v_global(x), self.groups)
+        seen = keys_only(ctx.keep)
+        if ctx.documents is not None:
+            # Padding stands in for tokens that fill up a row: it sees what has its own document.
+            own = marked.seen.transpose(-1, -2) | ~marked.real[:, None, :, None]
+            seen = Visible(own if seen.mask is None else own & seen.mask)
+        return self.kernel(q, k, v, seen)
+
+
+def rows(mask: Tensor, start: int, stop: int) -> Tensor:
+    """The rows of a mask (B, 1, 1|T, E) for these queries."""
+    return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
