@@ -9,6 +9,7 @@ from xtcli.convert.families.big_bird import BIG_BIRD
 from xtcli.convert.families.bloom import BLOOM
 from xtcli.convert.families.electra import ELECTRA
 from xtcli.convert.families.falcon import FALCON
+from xtcli.convert.families.fnet import FNET
 from xtcli.convert.families.gpt2 import GPT2
 from xtcli.convert.families.llama import LLAMA
 from xtcli.convert.families.longformer import LONGFORMER
@@ -16,9 +17,11 @@ from xtcli.convert.families.longt5 import LONGT5
 from xtcli.convert.families.mixtral import MIXTRAL
 from xtcli.convert.families.reformer import REFORMER
 from xtcli.convert.families.roberta import ROBERTA
+from xtcli.convert.families.squeezebert import SQUEEZEBERT
 from xtcli.convert.families.switch import SWITCH
 from xtcli.convert.families.t5 import T5
 from xtcli.convert.families.transfo_xl import TRANSFO_XL
+from xtcli.convert.families.xlnet import XLNET
 from xtcli.convert.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -32,9 +35,12 @@ FAMILIES: tuple[Family, ...] = (
     SWITCH,
     BART,
     ALBERT,
+    FNET,
+    SQUEEZEBERT,
     REFORMER,
     ELECTRA,
     TRANSFO_XL,
+    XLNET,
     ROBERTA,
     LONGFORMER,
     BIG_BIRD,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, given, is_zero
+from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, given, is_zero, pad
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Code, Custom, Key, Options, Switch
 from xtcli.convert.rules import Rule, layer, one
@@ -19,7 +19,7 @@ DROPOUT = Key("hidden_dropout_prob", float, 0.0)
 ACT = Key("hidden_act", str, "gelu_new", code=activation("gelu_new"))
 POSITIONS = Key("position_embedding_type", str, "absolute")
 DISTANCE = Key("max_position_embeddings", int, 512, code=Code(lambda value: value - 1, lambda value: value + 1))
-PAD = Key("pad_token_id", int, 0, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v))
+PAD = pad(0)
 LABEL_DROPOUT = Key("classifier_dropout_prob", float, 0.1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from xtcli.convert.families import bert
 from xtcli.convert.families.bert import ATTENTION_DROPOUT, CLASSIFIER_DROPOUT, CROSS, DROPOUT, POOLER, TIED
-from xtcli.convert.families.common import LABELS, TWO_OUTPUTS, activation, counts_up, is_zero
+from xtcli.convert.families.common import LABELS, activation, counts_up, is_zero
 from xtcli.convert.families.roberta import sequence
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Custom, Key, Options, table
@@ -78,24 +78,15 @@ def template(form: Form) -> dict[str, Any]:
     tree["embed"] = tree["embed"] | {
         "positions": {"kind": "learned"},
         "scale": Key("rescale_embeddings", bool, False, code=table({False: 1.0, True: "sqrt-dim"})),
-        "separator": SEPARATOR if "question-span" in form.heads else None,
+        "separator": SEPARATOR if "span" in form.heads else None,
     }
     sublayers = {"attn": Custom(_attention, _write_attention), "ffn": FFN}
     tree["stack"] = tree["stack"] | {"block": tree["stack"]["block"] | {"sublayers": sublayers}}
     return tree
 
 
-QUESTION = {"separator": SEPARATOR, "hidden": Key("intermediate_size", int, 3072), "act": ACT, "dropout": DROPOUT}
-
-
-def _question(options: Options) -> dict[str, Any]:
-    TWO_OUTPUTS.load(options)
-    return {name: mark.load(options) for name, mark in QUESTION.items()}
-
-
-def _write_question(value: Any, found: dict[str, Any]) -> None:
-    for name, mark in QUESTION.items():
-        mark.dump(value[name], found, f"heads.question-span.{name}")
+BLOCK_BEFORE = {"kind": "feed-forward", "hidden": Key("intermediate_size", int, 3072), "act": ACT, "dropout": DROPOUT}
+SPAN = {"transform": BLOCK_BEFORE, "separator": SEPARATOR}
 
 
 def _mlm(output: str) -> dict[str, Any]:
@@ -116,8 +107,8 @@ FORMS = (
     Form("BigBirdForSequenceClassification", "bert.", {"sequence": sequence(ACT, CLASSIFIER_DROPOUT)}),
     Form("BigBirdForMultipleChoice", "bert.", {"choice": {"dropout": DROPOUT}}, POOLER),
     Form("BigBirdForTokenClassification", "bert.", {"token": {"labels": LABELS, "dropout": CLASSIFIER_DROPOUT}}),
-    Form("BigBirdForQuestionAnswering", "bert.", {"question-span": Custom(_question, _write_question)}),
-    Form("BigBirdForQuestionAnswering", "bert.", {"question-span": Custom(_question, _write_question)}, POOLER),
+    Form("BigBirdForQuestionAnswering", "bert.", {"span": SPAN}),
+    Form("BigBirdForQuestionAnswering", "bert.", {"span": SPAN}, POOLER),
 )
 
 
@@ -148,10 +139,10 @@ BIG_BIRD = Family(
         *layer("classifier.out_proj", "heads.sequence.classifier"),
         *layer("classifier", "heads.choice.classifier"),
         *layer("classifier", "heads.token.classifier"),
-        *layer("qa_classifier.intermediate.dense", "heads.question-span.up"),
-        *layer("qa_classifier.output.dense", "heads.question-span.down"),
-        *layer("qa_classifier.output.LayerNorm", "heads.question-span.norm"),
-        *layer("qa_classifier.qa_outputs", "heads.question-span.classifier"),
+        *layer("qa_classifier.intermediate.dense", "heads.span.transform.up"),
+        *layer("qa_classifier.output.dense", "heads.span.transform.down"),
+        *layer("qa_classifier.output.LayerNorm", "heads.span.transform.norm"),
+        *layer("qa_classifier.qa_outputs", "heads.span.classifier"),
     ),
     ties=bert.ties,
     dead=_dead,

@@ -90,9 +90,14 @@ def _dropout(options: Options) -> float:
 LABEL_DROPOUT = Custom(_dropout, lambda value, found: found.update(classifier_dropout=value))
 """Dropout before the labels of tokens, of families that have two keys for it and else 0.1."""
 
-PAD = Key(
-    "pad_token_id", int, None, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
-)
+
+def pad(usual: int | None) -> Key:
+    """The padding token, `usual` where it is left out; a negative number is none."""
+    code = Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
+    return Key("pad_token_id", int, usual, code=code)
+
+
+PAD = pad(None)
 START = Key("decoder_start_token_id", int, None)
 
 

@@ -1,6 +1,7 @@
 """ELECTRA: a BERT over a token table that may be narrower than its states, without a pooler.
 
-Generators and discriminators differ in their heads alone. Where the table is as wide as the states nothing is projected.
+Generators and discriminators differ in their heads alone. Where the table is as wide as the states, nothing is
+projected.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from xtcli.convert.families.common import (
     counts_up,
     given,
     is_zero,
+    pad,
 )
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Code, Custom, Key, Options, Part, Switch, Unexpressed, dump, load, table
@@ -32,7 +34,7 @@ TIED = Key("tie_word_embeddings", bool, True)
 POSITIONS = Key("position_embedding_type", str, "absolute")
 CROSS = Key("add_cross_attention", bool, False)
 DISTANCE = Key("max_position_embeddings", int, 512, code=Code(lambda value: value - 1, lambda value: value + 1))
-PAD = Key("pad_token_id", int, 0, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v))
+PAD = pad(0)
 
 EMBEDDING = {
     "positions": Switch(
@@ -51,7 +53,8 @@ EMBEDDING = {
 
 
 def _embedding(options: Options) -> dict[str, Any]:
-    width, whole = WIDTH.load(options), load(EMBEDDING, options)
+    width: int = WIDTH.load(options)
+    whole: dict[str, Any] = load(EMBEDDING, options)
     return {"kind": "tokens"} | whole if width == DIM.load(options) else {"kind": "factorised", "width": width} | whole
 
 

@@ -80,7 +80,9 @@ def _stack(options: Options) -> dict[str, Any]:
     names = options.get("attn_layers", list, LAYERS)
     unknown = [name for name in names if name not in MIXERS]
     if unknown or not names:
-        options.refuse("attn_layers", f"is {names!r}", did_you_mean(str(unknown[0]), MIXERS) if unknown else "name some")
+        options.refuse(
+            "attn_layers", f"is {names!r}", did_you_mean(str(unknown[0]), MIXERS) if unknown else "name some"
+        )
         names = LAYERS
     count = options.get("num_hidden_layers", int, len(names))
     if count != len(names):

@@ -1,0 +1,44 @@
+"""Mixing of places without weights: the real part of a Fourier transform.
+
+    y = Re F_places(F_width(x))        Lee-Thorp et al. 2021, arXiv:2105.03824, unnormalised
+
+Every place reads every other one, padding too: there is no mask that could hide one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtcli import registry
+from xtcli.errors import refuse
+from xtcli.parts.context import Ctx
+from xtcli.parts.linear import widen
+from xtcli.parts.scope import Impossible, Scope
+from xtcli.registry import part
+
+
+@part("mixer", "fourier")
+class Fourier(nn.Module):
+    """The real part of the transform over places and width, in float32; no parameters and no mask."""
+
+    hides = False  # neither padding nor other documents
+
+    class Config(registry.Config):
+        """The real part of a Fourier transform over places and width."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        if scope.causal:
+            raise Impossible("", "a Fourier transform sees both ways", "use it in an encoder")
+
+    def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> None:
+        return None
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """x (B, T, D) -> (B, T, D); raises UserError for documents that should not see each other."""
+        if ctx.documents is not None:
+            raise refuse("a Fourier transform mixes all documents of a row", "set objective.pack=stream or none")
+        return torch.fft.fft2(widen(x), dim=(1, 2)).real.to(x.dtype)
