@@ -73,9 +73,14 @@ def feeds(model: Any, lengths: tuple[int, ...] = (1, 17, 48)) -> dict[str, dict[
     if name.endswith(("ForPreTraining", "LM", "TokenClassification")) and "labels" in found["loss"]:
         kept = mask(4, 9, "right")
         hidden = -100 if name.endswith("LM") else 0
-        targets = {k: v.masked_fill(kept == 0, hidden) if v.shape == kept.shape else v for k, v in labels(model).items()}
+        targets = {
+            k: v.masked_fill(kept == 0, hidden) if v.shape == kept.shape else v for k, v in labels(model).items()
+        }
         if name.endswith(("LM", "ElectraForPreTraining")):
-            found["padded loss"] = {"input_ids": ids(4, 9).masked_fill(kept == 0, PAD), "attention_mask": kept} | targets
+            found["padded loss"] = {
+                "input_ids": ids(4, 9).masked_fill(kept == 0, PAD),
+                "attention_mask": kept,
+            } | targets
     if getattr(model.config, "add_cross_attention", False):
         for given in list(found.values()):
             rows = next(iter(given.values())).shape[0]

@@ -35,7 +35,9 @@ def flat(output: Any) -> dict[str, Tensor]:
     return found
 
 
-def off(theirs: Any, ours: Any, given: dict[str, Any], tolerance: float, real: Tensor | None = None) -> dict[str, float]:
+def off(
+    theirs: Any, ours: Any, given: dict[str, Any], tolerance: float, real: Tensor | None = None
+) -> dict[str, float]:
     """The outputs of the reference that ours lacks or that differ, `real` (B, T) being the places that count."""
     with torch.no_grad(), runnable():
         expected = flat(theirs(**given, output_hidden_states=True))

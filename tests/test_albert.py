@@ -13,6 +13,7 @@ from encoders import feeds, reference
 from references import ids
 from test_parity import TOLERANCE, converted, difference
 
+from xtcli.config.preset import load_preset
 from xtcli.convert import convert
 from xtcli.errors import UserError
 from xtcli.model import Model, construct, load
@@ -45,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (TOKEN, {"num_labels": 4}),
     (TOKEN, {"classifier_dropout_prob": None, "hidden_dropout_prob": 0.3}),
     (ANSWERING, {}),
+    (MASKED, {"pad_token_id": None}),
 ]
 
 
@@ -91,6 +93,8 @@ def test_there_and_back(name: str, options: dict[str, Any], tmp_path: Path) -> N
     pooling = {key: value for key, value in options.items() if key == "add_pooling_layer"}
     opens_cleanly(tmp_path / "back", type(model), **pooling)
     load(tmp_path / "there")
+    asked = load_preset(tmp_path / "there").preset.objective
+    assert getattr(asked, "sentence_order", False) == (name == PRETRAINING)
 
 
 def test_a_released_file_has_a_pooler_and_a_second_bias(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (TOKEN, {"num_labels": 4}),
     (TOKEN, DECODES),
     (ANSWERING, {}),
+    (GENERATOR, {"pad_token_id": None}),
 ]
 
 

@@ -14,6 +14,7 @@ from references import PAD, VOCAB, Case, ids, labels, mask, noise, randomise
 from test_parity import TOLERANCE, converted, difference
 from torch import Tensor
 
+from xtcli.config.preset import load_preset
 from xtcli.convert import convert
 from xtcli.convert.exports import find_form
 from xtcli.convert.families import by_name
@@ -191,3 +192,16 @@ def test_what_is_not_expressed_is_refused_by_name(name: str, options: dict[str, 
     with pytest.raises(UserError) as caught:
         read(by_name()[family(name)], values, [], "memory")
     assert key in [problem.path for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("falcon-7b", {"num_attention_heads": 71, "multi_query": True, "parallel_attn": True, "alibi": False}),
+        ("bloom-560m", {"n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "pad_token_id": 3, "seq_length": 2048}),
+    ],
+)
+def test_a_preset_is_the_released_model(preset: str, values: dict[str, Any]) -> None:
+    config = load_preset(preset).preset.model
+    (found, form), _ = find_form(config, "auto", {}, "memory")
+    assert not difference_of(config, read_config(found, form, values, "memory"))

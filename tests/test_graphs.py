@@ -64,6 +64,8 @@ LABELS = {
     "continuous": {"labels": torch.ones(2, 11, 32)},
     "mlm": {"labels": torch.where(ids() % 3 == 0, ids(), -100)},
     "nsp": {"next_sentence_label": torch.tensor([0, 1])},
+    "sop": {"sentence_order_label": torch.tensor([0, 1])},
+    "replaced": {"labels": ids() % 2},
     "sequence": {"labels": torch.tensor([0, 1])},
     "token": {"labels": ids() % 2},
     "span": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 99])},

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import PAD, ids
+from references import PAD, describe, ids
 from test_reformer import DECODER, converted, reference
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from xtcli.convert.families import by_name
 from xtcli.convert.reading import read
 from xtcli.generate.feed import Feed
 from xtcli.model import construct
+from xtcli.parts import chunked
 from xtcli.parts.chance import settled
 from xtcli.parts.chunked import filled
 from xtcli.parts.graphs import Graph
@@ -70,7 +71,9 @@ def compare(one: Graph, other: Graph, **given: Tensor) -> None:
 CHUNKS = {"chunk": 4, "before": 1, "after": 0}
 
 
-@pytest.mark.parametrize("more", [{}, {"kv_heads": 2, "qk_norm": "rms"}, {"memory": 3, "score": "talking-heads"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"kv_heads": 2, "qk_norm": "rms"}, {"memory": 3, "score": "talking-heads"}], ids=str
+)
 @pytest.mark.parametrize("length", [1, 4, 5, 19, 32])
 @pytest.mark.parametrize("before", [0, 1])
 def test_chunks_are_attention_under_a_mask(before: int, length: int, more: dict[str, Any]) -> None:
@@ -88,7 +91,9 @@ def test_chunks_are_attention_under_a_mask(before: int, length: int, more: dict[
     compare(fast, slow, **given, attention_mask=mask, document_ids=documents)
 
 
-@pytest.mark.parametrize(("before", "after", "length"), [(1, 0, 16), (1, 1, 16), (0, 2, 20), (2, 1, 16), (1, 1, 8), (3, 0, 8)])
+@pytest.mark.parametrize(
+    ("before", "after", "length"), [(1, 0, 16), (1, 1, 16), (0, 2, 20), (2, 1, 16), (1, 1, 8), (3, 0, 8)]
+)
 def test_chunks_are_counted_in_a_circle(before: int, after: int, length: int) -> None:
     model = make({"kind": "chunked", "heads": 4, "chunk": 4, "before": before, "after": after}, causal=False)
     attn: Any = model.stack.blocks[0].attn
@@ -126,7 +131,7 @@ def test_filling(length: int, chunks: list[int], expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("length", "chunk", "longest", "expected"),
-    [(128, 64, 4096, (4,)), (4096, 64, 4096, (128,)), (8192, 64, 8192, (8, 32)[:0] or (16, 16)), (36, 2, 36, (4, 8))],
+    [(128, 64, 4096, (4,)), (4096, 64, 4096, (128,)), (8192, 64, 8192, (16, 16)), (36, 2, 36, (4, 8))],
 )
 def test_usual_number_of_buckets(length: int, chunk: int, longest: int, expected: tuple[int, ...]) -> None:
     assert usual_buckets(length, chunk, longest) == expected
@@ -187,7 +192,10 @@ def test_a_seed_settles_the_rotations() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("mixer", [{**HASHED, "seed": 5, "rounds": 2}, {**HASHED, "buckets": [4, 2]}, {"kind": "chunked", "heads": 4, **CHUNKS}])
+@pytest.mark.parametrize(
+    "mixer",
+    [{**HASHED, "seed": 5, "rounds": 2}, {**HASHED, "buckets": [4, 2]}, {"kind": "chunked", "heads": 4, **CHUNKS}],
+)
 def test_compiles_without_a_graph_break(mixer: dict[str, Any]) -> None:
     model = make(mixer)
     tokens = words(2, 22)
@@ -207,14 +215,15 @@ def test_gradients_are_the_reference_s() -> None:
     tokens = ids(2, 96)
     mask = torch.ones_like(tokens)
     mask[1, 70:] = 0
-    given = {"input_ids": tokens.masked_fill(mask == 0, PAD), "attention_mask": mask, "labels": tokens}
+    given = {"input_ids": tokens.masked_fill(mask == 0, PAD), "attention_mask": mask}
+    given["labels"] = tokens.masked_fill(mask == 0, -100)
     expected = theirs(**given, use_cache=False).loss
     expected.backward()
     found = ours(**given).loss
     found.backward()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     state = {name: p.grad for name, p in theirs.named_parameters()}
-    config = theirs.config.to_dict() | {"architectures": [DECODER], "num_buckets": None}
+    config = describe(theirs) | {"num_buckets": None}
     plan, claims = read(by_name()["reformer"], config, list(theirs.state_dict()), "memory")
     wanted = state_of(plan, lambda name: state[claims.source[name]], ours.state_dict())
     for name, parameter in ours.named_parameters():
@@ -235,8 +244,8 @@ def test_axial_positions_are_a_grid(training: bool, length: int) -> None:
     if not training:
         assert torch.equal(found, grid[:length].expand(3, -1, -1)) and part.limit == 32
         return
-    share = found / grid[:length]
-    assert {round(x, 4) for x in share.unique().tolist()} <= {0.0, round(1 / 0.6, 4)}
+    share = (found / grid[:length]).detach().mul(1e4).round() / 1e4
+    assert {round(x, 3) for x in share.unique().tolist()} <= {0.0, round(1 / 0.6, 3)}
     for column in range(min(8, length)):
         assert (share[:, column::8] == share[:, column : column + 1, :1]).all()
     assert length == 1 or 0.0 in share
@@ -256,7 +265,6 @@ def test_axial_positions_start_with_their_own_deviation() -> None:
 
 def test_feed_forwards_in_pieces() -> None:
     for kind in ("mlp", "glu"):
-        whole = make({"kind": "attention", "heads": 4}, context=None, embed={"kind": "tokens"})
         parts = {"attn": {"kind": "attention", "heads": 4}, "ffn": {"kind": kind, "hidden": 48, "chunk": 5}}
         pieces = make({}, context=None, embed={"kind": "tokens"}, stack={"layers": 2, "block": {"sublayers": parts}})
         parts = {**parts, "ffn": {"kind": kind, "hidden": 48}}
@@ -312,3 +320,17 @@ def test_hashed_text_is_read_anew_beyond_one_chunk() -> None:
     model(input_ids=tokens[:, :12], state=state)
     with pytest.raises(ValueError, match="read the whole text"):
         model(input_ids=tokens[:, 12:13], state=state)
+
+
+@pytest.mark.parametrize(
+    "mixer", [{**HASHED, "seed": 5, "rounds": 2, "before": 2}, {"kind": "chunked", "heads": 4, **CHUNKS}]
+)
+def test_slabs_change_nothing(mixer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(mixer)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 21:] = 0
+    given = {"input_ids": words(2, 30), "attention_mask": mask, "document_ids": (torch.arange(30) // 11).expand(2, -1)}
+    expected = model(**given).logits
+    for slab in (1, 700):
+        monkeypatch.setattr(chunked, "SLAB", slab)
+        torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-4)

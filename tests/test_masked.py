@@ -117,3 +117,74 @@ def test_next_sentences_of_one_document_come_from_another_place_of_it() -> None:
     assert "B comes from another place" in made.describe()
     pair = mlm([[16, 17]], next_sentence=True)
     assert {tuple(unmasked(pair.sample(0, e))) for e in range(20)} == {(CLS, 16, SEP, b, SEP) for b in (16, 17)}
+
+
+def test_sentences_change_places_truly() -> None:
+    """Tokens of document d are 16 + 20 d + (place mod 20), so that each says where it comes from."""
+    texts = [[16 + 20 * d + i % 20 for i in range(n)] for d, n in enumerate((50, 90, 2, 33, 120))]
+    made = mlm(texts, context=32, sentence_order=True, short=0.5)
+    labels = []
+    for epoch in range(40):
+        for i in range(len(made)):
+            sample = made.sample(i, epoch)
+            assert "targets.nsp" not in sample
+            text, types = np.array(unmasked(sample)), sample["token_type_ids"]
+            first_end, last = np.flatnonzero(text == SEP)
+            assert types.tolist() == [0] * (first_end + 1) + [1] * (last - first_end)
+            first, second = text[1:first_end] - 16, text[first_end + 1 : last] - 16
+            label = int(sample["targets.sop"])
+            labels.append(label)
+            assert first[0] // 20 == second[0] // 20
+            before, after = (first, second) if label == 0 else (second, first)
+            assert (after[0] - before[-1]) % 20 == 1
+    assert abs(np.mean(labels) - 0.5) < 0.08
+    assert "A and B change places" in made.describe()
+    assert everything(made).supervised()["sop"] == len(made)
+
+
+def test_two_questions_of_one_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="two questions"):
+        mlm([A, B], next_sentence=True, sentence_order=True)
+    with pytest.raises(ValueError, match="sentence_order=false"):
+        mlm([A, B], sentence_order=True, pack="none")
+
+
+@pytest.mark.parametrize("longest", [2, 3])
+def test_runs_have_the_stated_lengths(longest: int) -> None:
+    """At a low rate runs seldom touch, so that their lengths show."""
+    made = mlm([tokens(60_000)], context=130, ngram=longest, probability=0.02)
+    lengths: list[int] = []
+    for i in range(len(made)):
+        chosen = made.sample(i, 1)["targets.mlm"] != IGNORE
+        assert chosen.sum() == 3  # 0.02 of 128 tokens
+        assert not chosen[0]
+        assert not chosen[-1]
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen, [0]])))
+        # The first run that is drawn is whole; the last is cut short at the goal, and the order is not to be seen.
+        lengths += (edges[1::2] - edges[::2]).tolist()
+    counts = np.bincount(lengths, minlength=5)
+    assert counts[4:].sum() < 0.02 * len(lengths)
+    assert counts[1] > counts[2]
+    assert (counts[3] > 0.1 * len(made)) == (longest == 3)
+    assert f"up to {longest} tokens together" in made.describe()
+
+
+def test_runs_of_whole_words_hide_no_part_of_one() -> None:
+    """Odd ids continue the word before them."""
+    rng = np.random.default_rng(0)
+    made = mlm([rng.integers(16, 200, size=4000).tolist()], context=66, whole_word=True, ngram=3, probability=0.3)
+    for i in range(len(made)):
+        sample = made.sample(i, 0)
+        text, chosen = np.array(unmasked(sample)), sample["targets.mlm"] != IGNORE
+        word = np.cumsum((text % 2 == 0) | (text < 16) | (np.roll(text, 1) < 16))
+        for number in np.unique(word[chosen]):
+            assert chosen[word == number].all()
+        assert 1 <= chosen.sum() <= 20
+
+
+def test_runs_do_not_cross_special_tokens() -> None:
+    made = mlm([[16, 18], [20, 22], [24, 26]] * 30, context=32, ngram=3, pack="documents", probability=0.5)
+    for i in range(len(made)):
+        sample = made.sample(i, 0)
+        special = np.isin(unmasked(sample), [CLS, SEP])
+        assert not (special & (sample["targets.mlm"] != IGNORE)).any()

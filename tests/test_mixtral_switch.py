@@ -14,12 +14,14 @@ from references import END, PAD, VOCAB, Case, ids, labels, mask, noise, randomis
 from test_parity import TOLERANCE, converted, difference
 from torch import Tensor
 
+from xtcli.config.preset import load_preset
 from xtcli.convert import convert
 from xtcli.convert.exports import find_form
 from xtcli.convert.families import by_name
 from xtcli.convert.reading import read, read_config
 from xtcli.convert.same import difference as difference_of
 from xtcli.errors import UserError
+from xtcli.inspect.memory import tensors
 
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -179,6 +181,24 @@ def test_a_config_written_anew_means_the_same(name: str, options: dict[str, Any]
     assert not difference_of(config, read_config(found, form, values, "memory"))
 
 
+@pytest.mark.parametrize("window", [1, 4, 30, 80])
+@pytest.mark.parametrize("chunks", [(40,), (9, 1, 5, 1, 24), (1,) * 40])
+def test_a_window_keeps_what_it_looks_back_to(window: int, chunks: tuple[int, ...]) -> None:
+    ours = converted(reference(CAUSAL, {"sliding_window": window}), "mixtral")
+    text, kept = ids(3, 40), mask(3, 40, "left")
+    with torch.no_grad():
+        whole = ours(input_ids=text, attention_mask=kept).logits
+        state = ours.new_state(3, 40)  # type: ignore[operator]
+        stepped = []
+        for part in text.split(list(chunks), 1):
+            end = state.length + part.shape[1]
+            stepped.append(ours(input_ids=part, attention_mask=kept[:, :end], state=state).logits)
+    found = torch.cat(stepped, 1)
+    torch.testing.assert_close(found[kept.bool()], whole[kept.bool()], atol=2e-5, rtol=1e-5)
+    sizes = {tensor.shape[2] for tensor in tensors(state.blocks) if tensor.dim() == 4}
+    assert sizes == {min(window - 1, 40)}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -195,3 +215,19 @@ def test_what_is_not_expressed_is_refused_by_name(name: str, options: dict[str, 
     with pytest.raises(UserError) as caught:
         read(by_name()[family(name)], values, [], "memory")
     assert key in [problem.path for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("mixtral-8x7b", {"max_position_embeddings": 32768, "router_aux_loss_coef": 0.02}),
+        (
+            "switch-base-8",
+            {"d_ff": 3072, "num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6, "decoder_start_token_id": 0},
+        ),
+    ],
+)
+def test_a_preset_is_the_released_model(preset: str, values: dict[str, Any]) -> None:
+    config = load_preset(preset).preset.model
+    (found, form), _ = find_form(config, "auto", {}, "memory")
+    assert not difference_of(config, read_config(found, form, values, "memory"))

@@ -88,11 +88,12 @@ def run(model: Graph, twin: bool, dtype: torch.dtype | None = None) -> tuple[Ten
 
     model.zero_grad()
     torch.manual_seed(5)
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        with keeping(model) if twin else torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                hidden = model.hidden(**inputs)
-            loss = model.terms(hidden, {"lm": inputs["input_ids"]})["lm"].mean()
+    casts = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with casts, keeping(model) if twin else torch.enable_grad():
+        with hooks:
+            hidden = model.hidden(**inputs)
+        loss = model.terms(hidden, {"lm": inputs["input_ids"]})["lm"].mean()
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     memory = inputs["encoder_hidden_states"].grad

@@ -331,6 +331,32 @@ def test_memory_tokens_of_a_decoder_do_not_read_and_those_of_an_encoder_do() -> 
         assert torch.equal(*kept) == (kind == "decoder")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stack": {"recurrence": {"length": 4}}}, "between a text and what is remembered of it"),
+        ({"sublayers": {"attn": {"kind": "local", "heads": 2, "radius": 2}}}, "chooses among the keys by itself"),
+        (
+            {"sublayers": {"attn": {"kind": "sliding-global", "heads": 2, "radius": 2}}},
+            "have no place in global_attention_mask",
+        ),
+    ],
+)
+def test_memory_tokens_are_refused_where_not_all_could_see_them(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        model_of("encoder", memory_tokens=2, **changes)
+
+
+@pytest.mark.parametrize("position", ["t5", "distance-mlp", "alibi", "rotary", {"kind": "shaw", "distance": 6}])
+def test_padding_between_memory_tokens_and_words_does_not_count(position: Any) -> None:
+    model = model_of(memory_tokens=3, stack={"position": position})
+    ids = torch.arange(LENGTH)[None]
+    padded, mask = F.pad(ids, (4, 0)), torch.tensor([[0] * 4 + [1] * LENGTH])
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = model(input_ids=padded, attention_mask=mask, position_ids=places).last_hidden_state[:, 4:]
+    torch.testing.assert_close(found, model(input_ids=ids).last_hidden_state)
+
+
 def test_documents_cannot_be_packed_behind_memory_tokens_that_read() -> None:
     model = model_of("encoder", memory_tokens=2)
     with pytest.raises(UserError, match="read the whole row"):
@@ -378,7 +404,9 @@ def test_continuous_input_is_refused_where_it_cannot_be() -> None:
 
 def test_cross_attender_reads_the_context_alone() -> None:
     cross = {"kind": "cross-attention", "heads": 1, "required": True}
-    model = model_of("encoder", embed="continuous", heads={}, memory=12, sublayers={"cross": cross}, stack={"layers": 1})
+    model = model_of(
+        "encoder", embed="continuous", heads={}, memory=12, sublayers={"cross": cross}, stack={"layers": 1}
+    )
     nodes, around = random(2, 3, DIM).requires_grad_(), random(2, 5, 12, seed=7).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     block = model.stack.blocks[0]  # type: ignore[index, union-attr]

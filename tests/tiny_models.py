@@ -32,6 +32,18 @@ def rotary(**scaling: Any) -> dict[str, Any]:
     return {"kind": "rotary"} | ({"scaling": scaling} if scaling else {})
 
 
+def mixture(router: dict[str, Any]) -> dict[str, Any]:
+    """A decoder with experts in the place of its feed-forwards."""
+    made = decoder(PLAIN, rotary(), kv_heads=2)
+    made["stack"]["block"]["sublayers"]["ffn"] = {
+        "kind": "moe",
+        "experts": 3,
+        "router": router,
+        "expert": {"kind": "glu", "hidden": 24},
+    }
+    return made
+
+
 LEARNED = {"kind": "tokens", "positions": "learned"}
 PLAIN = {"kind": "tokens"}
 SINES = {"kind": "tokens", "positions": "sinusoidal"}
@@ -52,6 +64,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     ),
     "t5-bias": decoder(PLAIN, {"kind": "t5", "buckets": 8, "furthest": 20}),
     "alibi": decoder(PLAIN, {"kind": "alibi"}),
+    "alibi-of-keys": decoder(PLAIN, {"kind": "alibi", "places": "counted", "scaled": True, "rounded": True}),
+    "experts": mixture({"kind": "top-k", "choose": 2}),
+    "experts-with-room": mixture({"kind": "capacity", "capacity": 4}),
     "shaw": decoder(PLAIN, {"kind": "shaw", "distance": 6}),
     "window": decoder(PLAIN, rotary(), mask=WINDOW),
     "window-dilated": decoder(LEARNED, mask={"kind": "window", "left": 8, "dilation": 2}),

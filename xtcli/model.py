@@ -164,3 +164,8 @@ def save_model(model: Model, folder: str | Path, preset_yaml: str, tokenizer: An
 def count(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_active(model: nn.Module) -> int:
+    """Parameters that one token passes through: all but the experts that are not chosen for it."""
+    return count(model) - sum(getattr(module, "idle", 0) for module in model.modules())

@@ -107,6 +107,9 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     # Kernels of one case follow one another, so that its mask is made once.
     order = [(seq, case, name) for seq in config.seq for case in wanted for name in config.kernels]
+    if config.kernels == kernels.NAMES:
+        # What has one kernel of its own, and that kernel, need no word about the others.
+        order = [(seq, case, name) for seq, case, name in order if (case.mixer is not None) == (name == "own")]
     waiting = sum(kernels.never(name, case, place.device) is None for _, case, name in order)
     outputs: dict[tuple[int, str], Tensor] = {}
     with warnings.catch_warnings():
@@ -156,7 +159,7 @@ def _row(case: Case, name: str, shape: Shape) -> dict[str, Any]:
         "subject": case.subject,
         "kernel": name,
         "seq": shape.seq,
-        "pairs": cases.pairs(case.rule, shape.seq),
+        "pairs": cases.pairs_of(case, shape),
         "flop": {"forward": forward, "backward": backward},
     }
 
@@ -248,7 +251,7 @@ def _affordable(case: Case, name: str, shape: Shape, seq: int, place: Place, dty
             seconds = min(clocked(lambda: ready.attend(q, k, v), place.device) for _ in range(3))
         except RuntimeError as error:
             raise Cannot(kernels.reason(name, error, [])) from None
-    predicted = seconds * (seq / shape.seq) ** 2
+    predicted = seconds * (seq / shape.seq) ** case.power
     if predicted > share:
         raise Cannot(f"one forward pass would take about {predicted:.2g} s, {share:.2g} s are its share")
 

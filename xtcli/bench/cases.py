@@ -1,8 +1,9 @@
 """The attentions that are measured: each mask, score and position bias of the registry, one at a time.
 
 A case is a mask rule, a score kind and maybe an additive bias; those that are not the subject are causal, softmax and
-none. Kinds enter from the registry with the values of USUAL, or else those of their own examples, so that a kind added
-to the registry is measured without a word here.
+none. A mixer whose cost grows with the length and not its square (`linear`) is a case of its own: it is measured as it
+stands, projections included. Kinds enter from the registry with the values of USUAL, or else those of their own
+examples, so that a kind added to the registry is measured without a word here.
 
 Axes: B batch, H query heads, G key/value heads, T tokens, D head width.
 """
@@ -21,18 +22,24 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from xtcli.errors import did_you_mean, refuse
+from xtcli.model import construct
 from xtcli.parts import masks
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.graphs import Graph
 from xtcli.parts.norms import LayerNorm
-from xtcli.parts.scope import Scope
-from xtcli.parts.scores import Softmax
+from xtcli.parts.scope import Refused, Scope
+from xtcli.parts.scores import Residual, Sizes, Softmax
 from xtcli.registry import Config, example, find, kinds, part_of, tree
 
 USUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("mask", "window"): {"left": 511},
     ("mask", "all"): {"of": ["causal", {"kind": "window", "left": 2047, "dilation": 4}]},
     ("mask", "any"): {"of": [{"kind": "window", "left": 127}, {"kind": "window", "left": 2**20, "dilation": 128}]},
+    ("mask", "chunks"): {"chunk": 64},
     ("score", "softcap"): {"cap": 50.0},
+    ("mixer", "local"): {"radius": 127, "position": "t5"},
+    ("mixer", "transient-global"): {"radius": 127, "position": "t5"},
+    ("mixer", "sliding-global"): {"radius": 256, "globals": "first"},
 }
 """Values at the size of real models, by slot and kind. `any` is the strided pattern of arXiv:1904.10509."""
 
@@ -60,11 +67,19 @@ class Case:
     rule: Config
     score: Config
     position: Config | None = None
+    mixer: Config | None = None
 
     def facts(self) -> dict[str, Any]:
         """The case as plain data."""
+        if self.mixer is not None:
+            return {"mixer": tree(self.mixer)}
         position = None if self.position is None else tree(self.position)
         return {"mask": tree(self.rule), "score": tree(self.score), "position": position}
+
+    @property
+    def power(self) -> int:
+        """The power of the length that the time grows with."""
+        return 2 if self.mixer is None else 1
 
 
 def all_cases() -> list[Case]:
@@ -77,11 +92,15 @@ def all_cases() -> list[Case]:
     found += [
         Case(kind, "score", masks.CAUSAL, _make("score", kind))
         for kind in kinds("score")
-        if kind != Softmax.Config.kind
+        if kind not in (Softmax.Config.kind, Residual.Config.kind)
     ]
     for kind, cls in kinds("position").items():
-        if getattr(cls, "reach", "") == "bias":
+        # Those that read the width depend on the places themselves and not on their distance alone.
+        if getattr(cls, "reach", "") == "bias" and not getattr(cls, "reads_width", False):
             found.append(Case(kind, "position", masks.CAUSAL, Softmax.Config(), _make("position", kind)))
+    for kind, cls in kinds("mixer").items():
+        if getattr(cls, "linear", False):
+            found.append(Case(kind, "mixer", masks.CAUSAL, Softmax.Config(), mixer=_make("mixer", kind)))
     return found
 
 
@@ -120,6 +139,14 @@ def _make(slot: str, kind: str) -> Config:
     return config
 
 
+def pairs_of(case: Case, shape: Shape) -> int:
+    """How many (query, key) pairs a case computes for each head: what its mask lets through or its mixer takes."""
+    if case.mixer is None:
+        return pairs(case.rule, shape.seq)
+    mixer: Any = mixer_of(case, shape, torch.device("meta"), torch.float32)[1]
+    return int(mixer.pairs(shape.seq)) if hasattr(mixer, "pairs") else pairs(mixer.rule, shape.seq)
+
+
 @lru_cache
 def pairs(rule: Config, seq: int) -> int:
     """How many (query, key) pairs of a text of `seq` tokens the rule lets through."""
@@ -136,7 +163,7 @@ def flops(case: Case, shape: Shape) -> tuple[int, int]:
 
     Two products of 2 D FLOPs for each pair forward, five backward (the scores are made again), for every head.
     """
-    product = 2 * shape.width * pairs(case.rule, shape.seq) * shape.batch * shape.heads
+    product = 2 * shape.width * pairs_of(case, shape) * shape.batch * shape.heads
     return 2 * product, 5 * product
 
 
@@ -152,14 +179,54 @@ def inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) ->
 
 def _bias(case: Case, shape: Shape, ctx: Ctx, queries: int) -> Tensor:
     """The scores that the position adds, (1, H, queries, S); a learned table is filled with normal numbers."""
-    scope = Scope(shape.width * shape.heads, 1, None, True, LayerNorm.Config(), 0.0)
-    module = part_of(case.position)(case.position, scope, shape.heads).to(ctx.keys.device)  # type: ignore[arg-type]
+    module = part_of(case.position)(case.position, _scope(shape), shape.heads)  # type: ignore[arg-type]
+    with torch.no_grad():
+        scores: Tensor = _filled(module, ctx.keys.device, torch.float32).scores(ctx, queries)
+    return scores
+
+
+def _scope(shape: Shape) -> Scope:
+    size = shape.width * shape.heads
+    return Scope(size, 1, shape.seq, True, LayerNorm.Config(), 0.0, head_dim=shape.width, heads=shape.heads)
+
+
+def _filled(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A part with normal numbers for its parameters; matrices by the width that they read."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        scores: Tensor = module.scores(ctx, queries)
-    return scores
+            scale = parameter.shape[-1] ** -0.5 if isinstance(module, Graph) and parameter.dim() > 1 else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return module.to(device=device, dtype=dtype)
+
+
+def score_of(case: Case, shape: Shape, device: torch.device) -> Any:
+    """The score of a case as a module."""
+    return _filled(part_of(case.score)(case.score, _scope(shape), Sizes(shape.heads)), device, torch.float32)
+
+
+def mixer_of(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Graph, Any]:
+    """A model of one layer, causal where the mixer can be, and the mixer in it."""
+    assert case.mixer is not None
+    sizes = {"heads": shape.heads, "head_dim": shape.width}
+    mixer = case.mixer.model_copy(update={k: v for k, v in sizes.items() if k in type(case.mixer).model_fields})
+    whole = {
+        "vocab": 1,
+        "dim": shape.heads * shape.width,
+        "context": shape.seq,
+        "stack": {"layers": 1, "block": {"sublayers": {"attn": tree(mixer)}}},
+    }
+    for graph in ("decoder", "encoder"):
+        try:
+            model = construct(find("graph", graph).Config.model_validate(whole))
+        except Refused as refused:
+            wrong = refused
+            continue
+        if device.type != "meta":
+            model = _filled(model.to_empty(device="cpu"), device, dtype)
+        block: Any = model.stack.blocks[0]  # type: ignore[union-attr, index]
+        return model.eval(), block.attn
+    raise wrong
 
 
 def visible(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Visible:

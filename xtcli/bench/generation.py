@@ -21,8 +21,8 @@ from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import refuse
 from xtcli.generate.decode import choose
 from xtcli.generate.engine import limit_of, task_of, undisturbed
-from xtcli.generate.feed import Feed
 from xtcli.generate.sampling import Sampling
+from xtcli.generate.streams import feed_for
 from xtcli.inspect.targets import Target
 from xtcli.model import Model, build, count, skeleton
 from xtcli.parts.seq2seq import EncoderDecoder
@@ -116,7 +116,7 @@ class Ours:
     def write(self, new: int) -> list[list[int]]:
         """The new tokens of each row."""
         rows = self.prompts if self.start is None else [[self.start]] * len(self.prompts)
-        feed = Feed(self.model, rows, new, None if self.start is None else self.prompts)
+        feed = feed_for(self.model)(self.model, rows, new, None if self.start is None else self.prompts)
         logits = feed.start()
         columns = []
         for step in range(new):

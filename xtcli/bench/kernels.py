@@ -4,6 +4,7 @@
     flex                            FlexAttention, compiled; masks as blocks, biases and caps in the kernel
     fused                           ours: PyTorch's function, the kernel of its choice
     plain                           ours: written out in tensors
+    own                             ours: a mixer whose cost is linear in the length, which no other kernel can do
 
 A kernel that cannot do a case raises `Cannot` with the reason in a few words.
 """
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xtcli.bench.cases import Case, Shape, bias_by_distance, scale, visible
-from xtcli.parts.scores import Softcap, Softmax, WideSoftmax, fused, plain
+from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, scale, score_of, visible
+from xtcli.parts.context import Ctx
+from xtcli.parts.kernels import fused, plain
+from xtcli.parts.scores import Softcap, Softmax, WideSoftmax
 from xtcli.registry import part_of
 from xtcli.runs.run import gib
 
@@ -36,7 +39,7 @@ PINNED: Mapping[str, tuple[SDPBackend, str]] = {
 """Name -> the kernel, and the word by which PyTorch's warnings speak of it."""
 
 GPU_ONLY = ("cudnn", "efficient", "flex")
-NAMES = ("fused", "cudnn", "flash", "efficient", "flex", "plain", "math")
+NAMES = ("fused", "cudnn", "flash", "efficient", "flex", "plain", "math", "own")
 WRITTEN_OUT = ("math", "plain")
 """Kernels that store the scores of all pairs."""
 
@@ -65,6 +68,8 @@ class Kernel:
 
 def never(name: str, case: Case, device: torch.device) -> str | None:
     """Why a kernel cannot do a case of any size on such a device, or None."""
+    if (case.mixer is not None) != (name == "own"):
+        return "only its own kernel computes it" if case.mixer is not None else "computes mixers of linear cost alone"
     score = part_of(case.score)
     masked = case.position is not None or case.rule.kind not in ("causal", "full")
     if name in GPU_ONLY and device.type != "cuda":
@@ -83,16 +88,19 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
     impossible = never(name, case, device)
     if impossible is not None:
         raise Cannot(impossible)
+    if name == "own":
+        return _own(case, shape, device, dtype)
     room = _needed(name, case, shape, dtype)
     if room > free:
         raise Cannot(f"needs about {gib(room)} of memory, {gib(free)} are free")
     if name == "flex":
         return _flex(case, shape, device)
-    kind, factor = part_of(case.score), scale(shape)
+    factor = scale(shape)
     seen = visible(case, shape, device, dtype)
     stored = 0 if seen.mask is None else seen.mask.untyped_storage().nbytes()
     if name == "plain":
-        return Kernel(lambda q, k, v: plain(q, k, v, seen, factor, 0.0, kind, case.score), masks=stored)
+        score = score_of(case, shape, device)
+        return Kernel(lambda q, k, v: plain(q, k, v, seen, factor, 0.0, score), masks=stored)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused(q, k, v, seen, factor, 0.0)
@@ -100,6 +108,21 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
     if name == "fused":
         return Kernel(attend, masks=stored)
     return Kernel(attend, lambda: sdpa_kernel([PINNED[name][0]]), stored)
+
+
+def _own(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The mixer over one x, the sum of what other kernels read apart."""
+    model, mixer = mixer_of(case, shape, device, dtype)
+    places = torch.arange(shape.seq, device=device)[None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = shape.heads // shape.groups
+        x = (q + (k + v).repeat_interleave(groups, 1)).transpose(1, 2).flatten(-2)
+        ctx = model.stack.shared.prepare(x, Ctx(positions=places, keys=places))  # type: ignore[union-attr, operator]
+        y: Tensor = mixer(x, ctx)
+        return y.unflatten(-1, (shape.heads, shape.width)).transpose(1, 2)  # type: ignore[no-any-return]
+
+    return Kernel(attend)
 
 
 def _needed(name: str, case: Case, shape: Shape, dtype: torch.dtype) -> int:

@@ -93,8 +93,13 @@ def _next(code: int, path: Path) -> None:
         _talk(f"stopped and saved; resume with: xt train {path}")
     elif code == 0:
         from xtcli.config.preset import load_preset
+        from xtcli.registry import find
 
-        second = ' --context "..."' if load_preset(path).preset.objective.kind == "extract" else ""
+        objective = load_preset(path).preset.objective
+        if not find("objective", objective.kind).textual:
+            _talk(f"next: xt inspect {path}")
+            return
+        second = ' --context "..."' if objective.kind == "extract" else ""
         _talk(f'next: xt generate --ckpt {path} --prompt "..."{second}')
 
 

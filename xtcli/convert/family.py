@@ -59,7 +59,8 @@ class Family:
     of these values where they appear. neutral: keys that do not touch the network. mixed: endings of the names
     that may be float32 where all others are narrower. kernel: the reference's attention that obeys every option.
     objectives: kind of graph -> objective of its language models, where it is not the usual one. known: what some of
-    the dead tensors hold, where that follows from the config.
+    the dead tensors hold, where that follows from the config. rescaled: endings of our modules whose weights the
+    reference multiplies while it runs, so that their own outputs are not compared.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Family:
     kernel: str = "eager"
     objectives: Mapping[str, str] = field(default_factory=dict)
     known: Callable[[Config], Mapping[str, Tensor]] = _nothing
+    rescaled: tuple[str, ...] = ()
 
 
 COMMON_NEUTRAL = frozenset(

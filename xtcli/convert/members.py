@@ -90,5 +90,5 @@ def verified(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "outputs": sum(one["outputs"] for one in every),
         "modules": sum(one["modules"] for one in every),
         "worst": max(one["worst"] for one in every),
-        "differences": {f"{name}: {key}": off for name, one in found.items() for key, off in one["differences"].items()},
+        "differences": {f"{name}: {key}": off for name in found for key, off in found[name]["differences"].items()},
     }

@@ -31,7 +31,8 @@ def objective(config: Any, names: Sequence[str] | None, own: Mapping[str, str]) 
     head = next(iter(config.heads), "lm")
     kind = usual if head in SPEAKING else _BY_HEAD.get(head, usual)
     if kind == "mlm":
-        return {"kind": kind, "next_sentence": "nsp" in config.heads}
+        asked = {"next_sentence": "nsp" in config.heads, "sentence_order": "sop" in config.heads}
+        return {"kind": kind} | {name: True for name, value in asked.items() if value}
     if kind == "classify" and names is not None and len(names) == getattr(config.heads[head], "labels", 0):
         return {"kind": kind, "labels": list(names)}
     return {"kind": kind}

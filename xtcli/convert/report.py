@@ -19,8 +19,8 @@ class Report:
     tensors, bytes: of the source's file. ties: names that stand for another tensor. drops: buffers left out
     since every build computes them. kept: tensors that nothing reads, given back on the way out. renamed:
     names of older files. retyped: tensors whose type changed, by `before -> after`. rounding: the largest error
-    that made, with its tensor. bit_exact: every tensor was read back and gave the source's bytes again. members: folders
-    below the target and their classes, where the source holds several models.
+    that made, with its tensor. bit_exact: every tensor was read back and gave the source's bytes again. members: the
+    folders below the target with their classes, where the source holds several models.
     """
 
     family: str

@@ -10,6 +10,7 @@ exact inverse, and the way back is the same rule read from the other side.
     Interleave  the same, but the pieces alternate in groups, one group for each head
     Stack       one tensor of ours is a numbered series of theirs, laid along a new first axis
     Unit        theirs has axes of length one that ours lacks
+    Heads       theirs has an axis for the heads
     Copies      one tensor of ours stands several times in theirs
     Chain       one operation after the other
 
@@ -140,6 +141,19 @@ class Unit:
         for axis in self.axes:
             made = [tensor.unsqueeze(axis) for tensor in made]
         return made
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Theirs has the heads on an axis of their own, (rows, heads, width), ours (rows, heads x width)."""
+
+    heads: int
+
+    def forward(self, theirs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.flatten(1) for tensor in theirs]
+
+    def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.unflatten(1, (self.heads, -1)) for tensor in ours]
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Pair:
         if len(outputs) == 1:
             return outputs[0]
         rows = [output.movedim(-1, 0).flatten(1) for output in outputs]
-        return self.operation.backward(rows)[0].t().unflatten(0, outputs[0].shape[:-1])
+        whole: Tensor = self.operation.backward(rows)[0].t().unflatten(0, outputs[0].shape[:-1])
+        return whole
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def _pairs(plan: Plan) -> list[Pair]:
     for move in plan.moves:
         if len(move.theirs) == 1 and move.theirs[0].endswith(".weight"):
             ours = tuple(name.removesuffix(".weight") for name in move.ours)
+            if any(name.endswith(plan.family.rescaled) for name in ours):
+                continue
             found[ours] = Pair(move.theirs[0].removesuffix(".weight"), ours, _of_rows(move.operation))
     return list(found.values())
 
@@ -195,7 +198,8 @@ def _watched(model: nn.Module, calls: dict[str, Tensor]) -> Iterator[None]:
     def hook(name: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and name not in calls:
-                calls[name] = output
+                # What comes next may write into it.
+                calls[name] = output.clone()
 
         return keep
 
@@ -228,7 +232,7 @@ def _worst(one: Tensor, other: Tensor, real: Tensor | None) -> float:
     """
     if one.numel() != other.numel():
         return float("inf")
-    off = (one.reshape(other.shape) - other).abs().nan_to_num(float("inf"))
-    if real is not None and other.shape[:2] == real.shape and other.dim() > 2:
+    off = (one - other.reshape(one.shape)).abs().nan_to_num(float("inf"))
+    if real is not None and one.shape[:2] == real.shape and one.dim() > 2:
         off = off[real.bool()]
     return float(off.max())

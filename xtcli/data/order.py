@@ -128,7 +128,9 @@ class Lanes:
     def _first(self, epochs: Ints) -> Ints:
         """The first sample of each epoch's first lane."""
         room = self.samples - self.steps * self.batch + 1
-        firsts = [int(_mix(np.array([epoch], np.uint64), _keys(self.seed, 0)[0])[0] % np.uint64(room)) for epoch in epochs]
+        firsts = [
+            int(_mix(np.array([epoch], np.uint64), _keys(self.seed, 0)[0])[0] % np.uint64(room)) for epoch in epochs
+        ]
         return np.array(firsts, dtype=np.int64)
 
 

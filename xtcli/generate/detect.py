@@ -56,8 +56,8 @@ def detect(model: Graph, tokenizer: Tokenizer, prompts: Sequence[str]) -> Said:
     with undisturbed(model):
         for at in range(0, len(framed), ROWS):
             rows = [prompt.ids for prompt in framed[at : at + ROWS]]
-            ids, real = padded_right(rows, model.device)
-            hidden = model.read_by(HEAD, model.hidden(input_ids=ids, attention_mask=real))
+            fed, real = padded_right(rows, model.device)
+            hidden = model.read_by(HEAD, model.hidden(input_ids=fed, attention_mask=real))
             logits = head.outputs(hidden)["logits"].float()
             for row, chances in zip(rows, logits.sigmoid().tolist(), strict=True):
                 inside = slice(len(front), len(row) - len(back))

@@ -29,9 +29,11 @@ from xtcli.generate.options import Answer, Options, Task, Written
 from xtcli.generate.prompts import Prompt, Reach, check_ids, grouped, role, to_continue, to_read
 from xtcli.generate.sampling import Sampling, draw_seed
 from xtcli.generate.stops import Text
+from xtcli.generate.streams import feed_for
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import SPEAKING, speaker
 from xtcli.parts.seq2seq import EncoderDecoder
+from xtcli.parts.twostream import in_streams
 
 ROWS = 64
 """Rows of one batch, at most."""
@@ -44,7 +46,7 @@ def task_of(model: Graph) -> Task:
     have = ", ".join(sorted(model.heads)) or "none"
     if LABELLING & set(model.heads) and not WRITING & set(model.heads):
         return "label"
-    if isinstance(model, EncoderDecoder) or model.causal:
+    if isinstance(model, EncoderDecoder) or model.causal or (in_streams(model) and "lm" in model.heads):
         if speaker(model.heads) is None:
             raise refuse(f"the model has no language-model head (heads: {have})", "text comes from a head lm or mlm")
         return "map" if isinstance(model, EncoderDecoder) else "continue"
@@ -159,14 +161,14 @@ def _write(job: _Job) -> Iterator[Piece]:
         yield from (_search if options.beams > 1 else _draw)(job, feed, group)
         if feed.uncached is not None:
             since = f"from {feed.uncached:,} tokens on"
-            answer.notes.append(f"{since} earlier ones look different whenever one follows, so each step reads the whole text")
+            answer.notes.append(f"{since} earlier ones change whenever one follows, so each step reads the whole text")
 
 
 def _feed(job: _Job, group: Sequence[Prompt]) -> Feed:
     model, room = job.model, max(prompt.budget for prompt in group)
     ids = [prompt.ids for prompt in group]
     if not isinstance(model, EncoderDecoder):
-        return Feed(model, ids, room)
+        return feed_for(model)(model, ids, room)
     start = role(job.tokenizer, "bos", "pad") if model.start is None else model.start
     if start is None:
         raise refuse("no token is known that a written text starts with", "set model.start in the preset")

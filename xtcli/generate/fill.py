@@ -61,6 +61,9 @@ def to_fill(tokenizer: Tokenizer, texts: Sequence[str], reach: Reach) -> list[Pr
 
 def fill(model: Graph, name: str, tokenizer: Tokenizer, prompts: Sequence[Prompt], top: int) -> list[Filled]:
     """The `top` likeliest tokens for every mask of every prompt, by the head of that name."""
+    if len(prompts) > 1 and any(getattr(module, "by_width", False) for module in model.modules()):
+        # Beside a longer one a prompt would be read in another way than alone.
+        return [answer for prompt in prompts for answer in fill(model, name, tokenizer, [prompt], top)]
     head: Any = model.heads[name]
     mask_id = tokenizer.special["mask"]
     ids, real = padded_right([prompt.ids for prompt in prompts], model.device)

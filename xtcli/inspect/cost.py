@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -149,9 +148,7 @@ def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batc
 
     share: how many of the places have a target, for heads that look at those alone.
     """
-    ids = np.zeros((batch, length), dtype=np.int64)
-    accepted = signature(model.hidden).parameters
-    inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in accepted}
+    inputs = {name: blank.numpy() for name, blank in model.blank(batch, length, torch.device("cpu")).items()}
     targets = np.full((batch, length), IGNORE, dtype=np.int64)
     targets[:, : max(1, round(share * length))] = 0
     return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * len(inputs)] * batch)

@@ -19,6 +19,7 @@ from torch import Tensor
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.seq2seq import EncoderDecoder
+from xtcli.parts.twostream import in_streams
 from xtcli.train.counting import Alive, Kernels
 
 
@@ -73,14 +74,29 @@ def measure_state(model: Graph, length: int) -> State | None:
 
     Growth is that between half the length and the whole, so that a state which stops growing shows it.
     """
+    low, high = length // 2, length
+    if writes_by_memories(model):
+        few, many = (_memories(model, size) for size in (low, high))
+        token = (many - few) / (high - low)
+        return State(token, 0.0, many - token * high)
     if not has_state(model):
         return None
-    low, high = length // 2, length
     full = _remembered(model, high, high)
     token = (full - _remembered(model, low, high)) / (high - low)
     reads = isinstance(model, EncoderDecoder)
     source = (full - _remembered(model, high, low)) / (high - low) if reads else 0.0
     return State(token, source, full - (token + source) * high)
+
+
+def writes_by_memories(model: Graph) -> bool:
+    """Whether a model goes on from memories of its layers' inputs, without caches."""
+    return in_streams(model) and getattr(model, "recurrence", None) is not None
+
+
+def _memories(model: Graph, length: int) -> int:
+    """Bytes of what a model that writes by memories keeps of `length` tokens."""
+    with torch.no_grad():
+        return state_bytes(model.hidden(**model.blank(1, length), use_mems=True).mems)
 
 
 def _remembered(model: Graph, capacity: int, source: int) -> int:
@@ -89,10 +105,11 @@ def _remembered(model: Graph, capacity: int, source: int) -> int:
     ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
     with torch.no_grad():
         if isinstance(model, EncoderDecoder):
-            memory = torch.empty(1, source, model.dim, dtype=model.dtype, device="meta")
+            width = getattr(model.encoder.stack, "width", model.dim)
+            memory = torch.empty(1, source, width, dtype=model.dtype, device="meta")
             model.decode(ids, memory, state=state)
         else:
-            model.hidden(input_ids=ids, state=state)
+            model.hidden(**model.blank(1, 1), state=state)
     return state_bytes(state.blocks)
 
 
@@ -102,21 +119,24 @@ def measure_reading(model: Graph, batch: int, length: int) -> Reading:
     A model that writes makes the logits of the last place; one that does not, every output at every place. An
     encoder-decoder reads a source of `length` tokens and has room for as many. The model is left in evaluation mode.
     """
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    given = model.blank(batch, length)
     model.eval()
     state = model.new_state(batch, length) if has_state(model) else None  # type: ignore[operator]
     before = state_bytes(state)
-    with torch.no_grad(), Kernels(), Alive([*model.parameters(), *model.buffers(), *tensors(state), ids]) as alive:
+    kept = [*model.parameters(), *model.buffers(), *tensors(state), *given.values()]
+    with torch.no_grad(), Kernels(), Alive(kept) as alive:
         if isinstance(model, EncoderDecoder):
-            hidden = model.decode(ids[:, :1], model.encode(ids), state=state)
+            hidden = model.decode(given["decoder_input_ids"][:, :1], model.encode(given["input_ids"]), state=state)
         elif state is not None:
-            hidden = model.hidden(input_ids=ids, state=state)
+            hidden = model.hidden(**given, state=state)
         else:
-            hidden = model.hidden(input_ids=ids)
+            hidden = model.hidden(**given)
         if state is not None:
             hidden.states = hidden.states[:, -1:]
         for name, head in model.heads.items():
             assert isinstance(head, Head)
             head.outputs(model.read_by(name, hidden))
     after = state_bytes(state)
+    if writes_by_memories(model):
+        return Reading(batch * _memories(model, length), alive.peak)
     return Reading(after, max(alive.peak - (after - before), 0))

@@ -32,6 +32,8 @@ COMPONENTS = {
     "score": "attention",
     "out": "attention",
     "ffn": "ffn",
+    "router": "routers",
+    "expert": "experts",
     "norm": "norms",
     "head": "heads",
     "transform": "heads",

@@ -25,9 +25,11 @@ from xtcli.inspect import units
 from xtcli.parts import masks
 from xtcli.parts.attention import Persistent
 from xtcli.parts.context import Ctx
+from xtcli.parts.prefix import Prefix
+from xtcli.parts.recurrence import Recurrence
 from xtcli.parts.shared import Shared
 from xtcli.parts.stack import Stack
-from xtcli.registry import Config
+from xtcli.registry import Config, part_of
 
 BAND = 2**22
 """Query-key pairs that are computed at once, for each head."""
@@ -47,6 +49,8 @@ class Sight:
     position: str = ""
     memory: bool = False
     kept: int = 0
+    note: str = ""  # what no picture shows
+    more: tuple[int, ...] = ()  # numbers of biases that are not stored for all pairs
 
     def words(self) -> tuple[str, ...]:
         """The sight in words, for the module tree."""
@@ -113,7 +117,8 @@ class Views:
 
 def rule_words(rule: Config) -> str:
     """A mask's rule as text: `window(left=3, right=0)`."""
-    fields = {name: getattr(rule, name) for name in type(rule).model_fields}
+    names = getattr(part_of(rule), "rule_fields", type(rule).model_fields)
+    fields = {name: getattr(rule, name) for name in names}
     if not fields:
         return rule.kind
     inner = []
@@ -129,9 +134,16 @@ def sight_of(stack: Stack, module: nn.Module) -> Sight:
     """How a sublayer of `stack` sees; one without masks has no rule."""
     if getattr(module, "reads_memory", False):
         return Sight(None, memory=True, kept=_kept(module))
-    view = getattr(module, "view", None)
+    view, rule, note = (getattr(module, name, None) for name in ("view", "rule", "sees"))
     if not isinstance(view, int):
-        return Sight(None)
+        # Attentions that store no mask say which rule theirs would follow.
+        if not isinstance(rule, Config):
+            return Sight(None)
+        biased: tuple[int, ...] = getattr(module, "biased", ())
+        own = getattr(module, "relative", None)
+        kinds = [_kind(stack.shared.biases[number]) for number in biased]
+        position = " + ".join([*kinds, *([_kind(own)] if isinstance(own, nn.Module) else [])])
+        return Sight(rule, position=position, kept=_kept(module), note=note or "", more=biased)
     found = stack.shared.views[view]
     queries = getattr(module, "turn_queries", None)
     turn = queries.keywords.get("number") if isinstance(queries, functools.partial) else None
@@ -181,16 +193,20 @@ def look(model: nn.Module, length: int, cells: int, weights: Weights | None = No
             grid, seen = mask_grid(rule, length, cells)
             found[0].append(MaskView(name, who, rule_words(rule), length, seen, grid))
         for number, bias in enumerate(shared.biases):
-            who = _who(users, lambda sight, number=number: sight.bias == number)  # type: ignore[misc]
+            who = _who(users, lambda sight, number=number: number in (sight.bias, *sight.more))  # type: ignore[misc]
             path = f"{name}.shared.biases.{number}"
             if weights is None and not _numbered(bias):
                 found[3].append(f"{name}: {who}: position {_kind(bias)} is learned, a checkpoint shows it")
                 continue
             found[1].append(_bias(bias, name, who, path, length, cells, weights))
         for number, turn in enumerate(shared.turns):
+            if getattr(turn, "reach", "") != "turn":
+                continue
             who = _who(users, lambda sight, number=number: sight.turn == number)  # type: ignore[misc]
             found[2].append(_turn(turn, name, who, length, cells))
         found[3].extend(_rest(name, users, shared))
+        if stack.recurrence is not None:
+            found[3].append(f"{name}: {_earlier(stack.recurrence)}")
     masks_, biases, turns, words = found
     words += _places(model)
     return Views(tuple(masks_), tuple(biases), tuple(turns), tuple(words))
@@ -203,7 +219,7 @@ Users = dict[Sight, dict[str, list[int]]]
 def _users(stack: Stack) -> Users:
     users: Users = {}
     for number, block in enumerate(stack.run):
-        for name, sublayer in block.sublayers.items():  # type: ignore[operator, union-attr]
+        for name, sublayer in block.sublayers.items():
             sight = sight_of(stack, sublayer)
             if sight.memory or sight.rule is not None:
                 users.setdefault(sight, {}).setdefault(name, []).append(number)
@@ -227,15 +243,28 @@ def _rest(name: str, users: Users, shared: Shared) -> list[str]:
             said.append(f"{name}: {who}: every real key of the encoder's memory")
         elif sight.relative:
             said.append(f"{name}: {who}: position {sight.relative} depends on the queries")
+        if sight.note:
+            said.append(f"{name}: {who}: {sight.note}")
         if sight.kept:
             said.append(f"{name}: {who}: {units.plural(sight.kept, 'persistent key')}, which every query sees")
     return said
+
+
+def _earlier(recurrence: Recurrence) -> str:
+    """What is seen of the segments before, in words."""
+    kept = "all" if recurrence.length is None else f"the newest {units.plural(recurrence.length, 'input')}"
+    first = ", zeros before a text" if recurrence.lead else ""
+    reuse = f", of the first {recurrence.reuse:,} places of each" if recurrence.reuse else ""
+    return f"behind memories of earlier segments: {kept}{reuse}{first}"
 
 
 def _places(model: nn.Module) -> list[str]:
     """The positions that enter with the tokens, in words."""
     said = []
     for name, module in model.named_modules():
+        if isinstance(module, Prefix):
+            reads = "everything" if module.sees else "those before them alone"
+            said.append(f"{name}: {units.plural(module.count, 'memory token')} in front, seen by all; they see {reads}")
         if getattr(getattr(type(module), "Config", None), "slot", "") == "absolute" and _kind(module) != "none":
             limit = getattr(module, "limit", None)
             said.append(

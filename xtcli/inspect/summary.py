@@ -8,7 +8,7 @@ from typing import Any
 from xtcli.config.preset import Resolved
 from xtcli.config.show import outline, values
 from xtcli.inspect import cost, modules, record
-from xtcli.model import count, skeleton
+from xtcli.model import count, count_active, skeleton
 
 SECTIONS = ("model", "objective", "tokenizer", "data", "train")
 
@@ -22,6 +22,7 @@ def facts(found: Resolved, ref: str, batch: int = 1, length: int | None = None) 
         "size": found.size,
         "sizes": list(found.sizes),
         "parameters": count(model),
+        "active_parameters": count_active(model),
         "published_parameters": found.preset.expect.parameters,
         "components": modules.components(model),
         "costs": cost.measure_costs(found, batch=batch, length=length).facts(),
@@ -43,6 +44,9 @@ def lines(found: Resolved, ref: str, batch: int = 1, length: int | None = None) 
     for name in SECTIONS:
         text += outline(found, name)
     text += ["", _parameters(count(model), found.preset.expect.parameters)]
+    active = count_active(model)
+    if active != count(model):
+        text.append(f"{active:,} parameters active for each token")
     sections = (
         modules.share_lines(modules.components(model)),
         cost.lines(cost.measure_costs(found, batch=batch, length=length)),

@@ -14,6 +14,7 @@ from xtcli.objectives.frames import Frames
 from xtcli.objectives.gaps import GapSentences
 from xtcli.objectives.mlm import MaskedLM
 from xtcli.objectives.pairs import Pairs
+from xtcli.objectives.permutation import Permutation
 from xtcli.objectives.replacing import ReplacedTokens
 from xtcli.objectives.spans import SpanCorruption
 
@@ -27,6 +28,7 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Pairs",
+    "Permutation",
     "ReplacedTokens",
     "SpanCorruption",
 ]

@@ -28,6 +28,8 @@ PROMPT = 4
 class Frames(Objective):
     """The next frame; `input_values` and `targets.continuous` are (T, W), aligned."""
 
+    textual = False
+
     class Config(registry.Config):
         """The next frame of a signal."""
 

@@ -1,4 +1,4 @@
-"""Gap sentences (Zhang et al. 2019, PEGASUS, arXiv:1912.08777): important sentences are hidden, the decoder writes them.
+"""Gap sentences (Zhang et al. 2019, PEGASUS, arXiv:1912.08777): important sentences are hidden and written.
 
     text     It is late. The cat sleeps. The dog barks at the cat.
     input    It is late. <mask> The dog barks at the cat. eos
@@ -21,7 +21,7 @@ from pydantic import model_validator
 from xtcli import registry
 from xtcli.data.order import Ints
 from xtcli.errors import refuse
-from xtcli.objectives.base import Documents, Objective, Sample, Split, Tokenizer, generator
+from xtcli.objectives.base import Array, Documents, Objective, Sample, Split, Tokenizer, generator
 from xtcli.objectives.cuts import Cuts
 from xtcli.objectives.denoise import sentence_ends
 from xtcli.objectives.words import clauses, count, left_out, too_little
@@ -104,7 +104,8 @@ class GapSentences(Objective):
         scores = importance(text, sentences) * rng.uniform(
             1 - self.config.noise, 1 + self.config.noise, size=len(sentences)
         )
-        chosen, room = [], self.room
+        chosen: list[int] = []
+        room = self.room
         for place in np.argsort(-scores, kind="stable"):
             if len(chosen) == wanted:
                 break
@@ -129,8 +130,8 @@ class GapSentences(Objective):
     def describe(self) -> str:
         config = self.config
         return clauses(
-            f"gap sentences: {config.least:.4g} to {config.most:.4g} of the sentences hidden behind id {self.hidden} each, "
-            "those that the rest says best, anew each epoch",
+            f"gap sentences: {config.least:.4g} to {config.most:.4g} of the sentences hidden behind id {self.hidden} "
+            "each, those that the rest says best, anew each epoch",
             f"{count(len(self.documents), 'document')} in {count(len(self), 'row')}, padded",
             f"targets have at most {count(self.room + 1, 'token')} and end with eos",
             f"the decoder starts from id {self.start}",
@@ -138,7 +139,7 @@ class GapSentences(Objective):
         )
 
 
-def importance(text: Ints, sentences: list[Ints]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def importance(text: Ints, sentences: list[Ints]) -> Array:
     """ROUGE-1 F1 of each sentence with the rest of the text."""
     owner = np.repeat(np.arange(len(sentences)), [sentence.size for sentence in sentences])
     _, token = np.unique(text, return_inverse=True)
@@ -146,5 +147,5 @@ def importance(text: Ints, sentences: list[Ints]) -> np.ndarray[tuple[int], np.d
     everywhere = np.bincount(token, minlength=kinds)
     pairs, inside = np.unique(owner * kinds + token, return_counts=True)
     both = np.minimum(inside, everywhere[pairs % kinds] - inside)
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = np.bincount(pairs // kinds, both, minlength=len(sentences))
+    found: Array = np.bincount(pairs // kinds, both, minlength=len(sentences))
     return 2 * found / text.size

@@ -82,7 +82,7 @@ class Masking:
         return chosen
 
     def _runs(self, tokens: Ints, places: Ints, goal: int, rng: np.random.Generator) -> Ints:
-        """Places of runs of words or tokens, drawn in random order until the goal is met; the first word always counts."""
+        """Places of runs, drawn in random order until the goal is met; the first drawn always counts."""
         unit = self._units(tokens, places)
         sizes = np.bincount(unit)
         # Whether a unit stands right behind the one before it, with no special token between.

@@ -64,7 +64,8 @@ class ReplacedTokens(MaskedLM):
         rows = [(shown[at] != truth[at], chances[at] >= 0.5) for at in range(len(truth)) if truth[at] != IGNORE]
         found = [said for changed, said in rows if changed]
         false = [said for changed, said in rows if not changed]
-        lines.append(f"{sum(found)} of {count(len(found), 'replaced token')} found, {sum(false)} of {len(false)} others named")
+        replaced = count(len(found), "replaced token")
+        lines.append(f"{sum(found)} of {replaced} found, {sum(false)} of {len(false)} others named")
         return "\n".join(lines)
 
     def _fill(self, name: str) -> int:

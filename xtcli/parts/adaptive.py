@@ -13,7 +13,6 @@ the embedding but for the first, unless said otherwise; the states pass a projec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -36,7 +35,7 @@ TABLES, PROJECTIONS = "band tables", "band projections"
 
 @dataclass(frozen=True)
 class Bands:
-    """How a vocabulary is cut: the ends of the bands, the width of the first and what each further one is divided by."""
+    """How a vocabulary is cut: the ends of the bands, the width of the first, what each further one is divided by."""
 
     ends: tuple[int, ...]
     width: int
@@ -214,7 +213,7 @@ class AdaptiveSoftmax(Head):
 
     def noted(self, hidden: Hidden, targets: Tensor) -> dict[str, Tensor]:
         """The loss of each target, band after band, in the place of the tokens that have a successor: (B, T - 1)."""
-        found: Sequence[Tensor] = self.each(hidden, targets)
+        found = self.each(hidden, targets)
         rows, room = targets.shape[0], max(targets.shape[1] - 1, 0)
         if len(found) == 1:
             # One band leaves the losses where their tokens are.

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from xtcli import registry
 from xtcli.parts import masks, norms, positions
-from xtcli.parts.context import Ctx, KeyValues, Memory, MemoryKeyValues, Visible
+from xtcli.parts.context import Ctx, KeyValues, Memory, MemoryKeyValues, Newest, Visible
+from xtcli.parts.kernels import add_keys, add_scores, fused, plain
 from xtcli.parts.linear import Draw, Linear
 from xtcli.parts.masks import MaskSlot
 from xtcli.parts.norms import NormSlot, make_norm
@@ -30,7 +31,7 @@ from xtcli.parts.positions import PositionSlot
 from xtcli.parts.recurrence import joined
 from xtcli.parts.rotary import TURNS
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.scores import ScoreSlot, Sizes, Softmax, add_keys, add_scores, fused, plain
+from xtcli.parts.scores import ScoreSlot, Sizes, Softmax
 from xtcli.registry import Config, field, part, part_of
 
 
@@ -60,10 +61,12 @@ class Heads(nn.Module):
     """What self- and cross-attention share: projections, sizes, scores, output.
 
     `honours` names the options that a kind lets act; one that does not come to its weights through `attend` leaves
-    out what it cannot do, and a config that asks for it is refused.
+    out what it cannot do, and a config that asks for it is refused. One that has no scores of all queries and keys at
+    once says that it `carries` none.
     """
 
     reads_memory = False
+    carries = True
     honours: tuple[str, ...] = ("score", "memory", "out")
 
     class Config(registry.Config):
@@ -129,7 +132,8 @@ class Heads(nn.Module):
         self.q_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
         self.k_norm = make_norm(scope, "qk_norm", config.qk_norm, dim=self.head_dim)
         self.memory = None if config.memory is None else Persistent(self.groups, config.memory, self.head_dim)
-        self.score = scope.make("score", config.score, Sizes(self.heads, config.memory or 0, self.reads_memory))
+        sizes = Sizes(self.heads, config.memory or 0, self.reads_memory, self.carries)
+        self.score = scope.make("score", config.score, sizes)
         self.fused: bool = getattr(self.score, "fused", False)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
@@ -169,6 +173,7 @@ class Attention(Heads):
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__(config, scope, scope.dim)
         self.recurs = scope.recurrence is not None
+        self.reach: int | None = None
         shared = scope.shared
         if shared is None:
             raise AssertionError("attention is built inside a stack")
@@ -203,9 +208,16 @@ class Attention(Heads):
         if rule.kind == "inherit":
             rule = masks.CAUSAL if scope.causal else masks.FULL
         self.view: int = scope.shared.view(rule, bias, False)
+        # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,
+        # and those that another layer's scores are carried to.
+        carried = any(hasattr(score, "chain") for score in self.score.modules())
+        bounded = self.store_turned and self.relative is None and not (self.recurs or scope.prefix or carried)
+        self.reach = masks.reach(rule) if bounded else None
 
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> KeyValues | Memory:
-        """An empty cache for `capacity` tokens."""
+        """An empty cache for `capacity` tokens, or for those that a window looks back to."""
+        if self.reach is not None and self.reach < capacity:
+            return Newest.new(batch, self.groups, self.reach, self.head_dim, device, dtype)
         cache = KeyValues.new(batch, self.groups, capacity, self.head_dim, device, dtype)
         return Memory(cache=cache) if self.recurs else cache
 
@@ -219,7 +231,7 @@ class Attention(Heads):
         k = self.k_norm(self.split(self.k(placed), self.groups))
         v = self.split(self.v(source), self.groups)
         k, v = self.recall(k, v, ctx)
-        visible = ctx.visible[self.view]
+        visible = newest(ctx.visible[self.view], k.shape[2])
         if self.relative is not None:
             visible = add_scores(visible, self.relative.scores(q, k, ctx))  # type: ignore[operator]
         return self.attend(q, k, v, visible, x, ctx)
@@ -271,6 +283,13 @@ class CrossAttention(Heads):
         if state is not None:
             state.k, state.v = k, v
         return k, v
+
+
+def newest(visible: Visible, keys: int) -> Visible:
+    """The mask over the last `keys` slots, which are all that a cache holds."""
+    if visible.mask is None or visible.mask.shape[-1] <= keys:
+        return visible
+    return Visible(visible.mask[..., -keys:])
 
 
 def _unturned(x: Tensor, ctx: Ctx) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses of routers, beside those of the heads.
 
-    balance     E sum over experts of (choices of e per token) x (mean probability of e)     Fedus et al. 2021, arXiv:2101.03961
-    router-z    mean of logsumexp(logits)^2                                                  Zoph et al. 2022, arXiv:2202.08906
+    balance     E sum over experts of (choices of e per token) x (mean probability of e)    Fedus 2021, arXiv:2101.03961
+    router-z    mean of logsumexp(logits)^2                                                 Zoph 2022, arXiv:2202.08906
 
 Means are over the tokens of all layers of one tower. `balance` is a product of two means: over `rows` it is taken for
 each row and averaged, over the `batch` it is one product for all rows of a call.

@@ -26,10 +26,10 @@ from xtcli.parts import masks
 from xtcli.parts.attention import Attention, Heads
 from xtcli.parts.bands import additive, beside, blocks, in_slabs
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.kernels import fused
 from xtcli.parts.local import refuse_in_decoder
 from xtcli.parts.masks import keys_only, render
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.scores import fused
 from xtcli.registry import field, part
 
 
@@ -129,6 +129,9 @@ class BlockSparse(Attention):
     """Self-attention between few blocks."""
 
     honours = ("out",)
+    linear = True
+    by_width = True  # what a token sees depends on how far its row is filled up
+    rule_fields = ("block",)
 
     class Config(Heads.Config):
         """Blocks that see the ends of the text, their neighbours and random others."""
@@ -149,9 +152,22 @@ class BlockSparse(Attention):
             key, lambda: BlockLayout(config.block, config.random, self.groups, config.drawn == "always")
         )
         self.number = scope.shared.layouts[self.layout].join(scope.layer)
-        self.seen_words = "and random blocks in training; where the model is used they are all block 0"
-        if config.drawn == "always":
-            self.seen_words = "and random blocks"
+        # What a picture shows is this config read as the rule of a mask.
+        self.rule = config
+        number = f"{config.random} random block{'s' * (config.random != 1)} of each row"
+        usual = "" if config.drawn == "always" else " in training, all block 0 where the model is used"
+        self.sees = f"{number} {'are' if config.random != 1 else 'is'} seen as well{usual}" if config.random else ""
+
+    @staticmethod
+    def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
+        """True where a query in slot `q` (T, 1) sees a key in slot `k` (1, S), without random blocks."""
+        length = int(k.max()) + 1
+        if length <= (5 + 2 * rule.random) * rule.block:
+            return masks.allowed(masks.FULL, q, k)
+        last = (length - 1) // rule.block
+        mine, other = q // rule.block, k // rule.block
+        ends = (mine == 0) | (mine == last) | (other == 0) | (other == last)
+        return ends | ((mine - other).abs() <= 1)  # type: ignore[no-any-return]
 
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> None:  # type: ignore[override]
         """None: a text is read at once."""

@@ -1,6 +1,6 @@
 """Attention inside chunks of the text and their neighbours: time and memory grow with the length.
 
-    query i sees key j where  chunk(i) - before <= chunk(j) <= chunk(i) + after     (Kitaev et al. 2020, arXiv:2001.04451)
+    query i sees key j where  chunk(i) - before <= chunk(j) <= chunk(i) + after     Kitaev et al. 2020, arXiv:2001.04451
 
 chunk(i) = i // C. Neighbours are counted in a circle: in an encoder the first chunk sees the last one, and where
 there are fewer chunks than neighbours a chunk is seen more than once. A text is filled up to a multiple of all chunk
@@ -13,7 +13,7 @@ W = (before + 1 + after) C keys that a chunk sees, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Chunks(masks.Mask):
         return near
 
 
+SLAB = 2**22
+"""Scores that are computed at once: more take memory anew at each step, and leave the processor's cache."""
+
+
 def filled(length: int, chunks: Sequence[int]) -> int:
     """The length of a text with its filling, for the chunk lengths of a stack."""
     whole = math.lcm(*chunks)
@@ -67,14 +71,21 @@ def real(ctx: Ctx, batch: int, tokens: int, length: int) -> Tensor | None:
     return F.pad(keep, (0, length - tokens), value=False)
 
 
-def around(x: Tensor, before: int, after: int, axis: int) -> Tensor:
-    """Chunks along `axis` with the tokens (next axis) of their neighbours in a circle: (.., N, C, ..) -> (.., N, W, ..)."""
-    if before == after == 0:
-        return x
+def around(x: Tensor, before: int, after: int, axis: int, slab: int) -> Iterator[Tensor]:
+    """Chunks along `axis`, `slab` at a time, with the tokens of their neighbours in a circle.
+
+    (..., N, C, ...) -> (..., at most slab, W, ...).
+    """
     count = x.shape[axis]
     # A neighbour that is a whole round away or more is the chunk itself.
-    pieces = [x if step == 0 or abs(step) >= count else x.roll(-step, axis) for step in range(-before, after + 1)]
-    return torch.cat(pieces, axis + 1)
+    turned = [x if step == 0 or abs(step) >= count else x.roll(-step, axis) for step in range(-before, after + 1)]
+    for pieces in zip(*(one.split(slab, axis) for one in turned), strict=True):
+        yield torch.cat(pieces, axis + 1)
+
+
+def slab_of(rows: int, scores: int) -> int:
+    """How many chunks are computed at once, for `rows` rows and heads and `scores` scores of one chunk."""
+    return max(SLAB // (rows * scores), 1)
 
 
 class InChunks(nn.Module):
@@ -82,6 +93,7 @@ class InChunks(nn.Module):
     `steady` tokens do. `aligned`: what a token sees depends on the slot it stands in."""
 
     aligned = True
+    linear = True  # in the length: see bench/cases.py
     chunks: list[int]
     chunk: int
 
@@ -132,6 +144,7 @@ class Chunked(Heads, InChunks):
         self.register(config, scope)
         # Seen in a circle, more neighbours than one in front mean other chunks in a longer text.
         self.static = scope.causal and config.before <= 1 and config.after == 0
+        self.sees = "" if self.static else "chunks are counted in a circle: the first and the last are neighbours"
 
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> KeyValues:
         """An empty cache for `capacity` tokens."""
@@ -149,37 +162,49 @@ class Chunked(Heads, InChunks):
         """A whole text, chunk by chunk."""
         batch, tokens = x.shape[:2]
         length = filled(tokens, self.chunks)
-        size, before, after = (
-            (self.chunk, self.before, self.after) if length > self.chunk else (length, 0, 0)
-        )  # fmt: skip
+        size, before, after = (self.chunk, self.before, self.after) if length > self.chunk else (length, 0, 0)
 
         def cut(y: Tensor) -> Tensor:
             """(B, H, T, D) -> (B, N, H, C, D)."""
-            return fill(y, length).unflatten(2, (-1, size)).transpose(1, 2)
+            return fill(y, length).unflatten(2, (-1, size)).transpose(1, 2)  # type: ignore[no-any-return]
 
-        def near(y: Tensor) -> Tensor:
-            """(B, N, C, ...) -> (B, N, W, ...)."""
-            return around(y, before, after, 1)
+        slab = slab_of(batch * self.heads, size * size * (before + 1 + after))
 
-        k, v = (near(cut(y).transpose(2, 3)).transpose(2, 3).flatten(0, 1) for y in (k, v))
-        slots = torch.arange(length, device=x.device).view(1, -1, size)
-        queries, keys = slots[..., None], near(slots)[..., None, :]  # (1, N, C, 1), (1, N, 1, W)
-        seen = queries >= keys if self.causal else None
-        keep = real(ctx, batch, tokens, length)
-        if keep is not None:
-            own = near(keep.view(batch, -1, size))[..., None, :]
-            seen = own if seen is None else seen & own
-        if ctx.documents is not None:
-            places = F.pad(ctx.documents, (0, length - tokens)).view(batch, -1, size)
-            own = places[..., None] == near(places)[..., None, :]
-            seen = own if seen is None else seen & own
-        if keep is not None and seen is not None:
-            seen = seen | (~seen.any(-1, keepdim=True) & (queries == keys))
-        if seen is not None:
-            seen = seen.expand(batch, -1, size, -1).flatten(0, 1)[:, None]  # (B N, 1, C, W)
-        whole = fill(x, length).unflatten(1, (-1, size)).flatten(0, 1)
-        y = self.attend(cut(q).flatten(0, 1), k, v, Visible(seen), whole, ctx)
-        return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]
+        def near(y: Tensor) -> Iterator[Tensor]:
+            """(B, N, C, ...) -> slabs of (B, N, W, ...)."""
+            return around(y, before, after, 1, slab)
+
+        def see() -> Iterator[Tensor | None]:
+            """What each slab sees, (B|1, N, C|1, W)."""
+            slots = torch.arange(length, device=x.device).view(1, -1, size)
+            keep = real(ctx, batch, tokens, length)
+            real_keys = None if keep is None else near(keep.view(batch, -1, size))
+            places = None if ctx.documents is None else F.pad(ctx.documents, (0, length - tokens)).view(batch, -1, size)
+            others = None if places is None else zip(places.split(slab, 1), near(places), strict=True)
+            for q_slots, k_slots in zip(slots.split(slab, 1), near(slots), strict=True):
+                queries, keys = q_slots[..., None], k_slots[..., None, :]
+                seen = queries >= keys if self.causal else None
+                if real_keys is not None:
+                    own = next(real_keys)[..., None, :]
+                    seen = own if seen is None else seen & own
+                if others is not None:
+                    mine, theirs = next(others)
+                    own = mine[..., None] == theirs[..., None, :]
+                    seen = own if seen is None else seen & own
+                if keep is not None and seen is not None:
+                    seen = seen | (~seen.any(-1, keepdim=True) & (queries == keys))
+                yield seen
+
+        found = []
+        whole = fill(x, length).unflatten(1, (-1, size))
+        sides = (near(cut(y).transpose(2, 3)) for y in (k, v))
+        for q_, k_, v_, seen, x_ in zip(cut(q).split(slab, 1), *sides, see(), whole.split(slab, 1), strict=True):
+            if seen is not None:
+                seen = seen.expand(batch, -1, size, -1).flatten(0, 1)[:, None]  # (B N, 1, C, W)
+            k_, v_ = (y.transpose(2, 3).flatten(0, 1) for y in (k_, v_))
+            y = self.attend(q_.flatten(0, 1), k_, v_, Visible(seen), x_.flatten(0, 1), ctx)
+            found.append(y.unflatten(0, (batch, -1)).flatten(1, 2))
+        return torch.cat(found, 1)[:, :tokens]
 
     def go_on(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Ctx) -> Tensor:
         """New tokens behind those in the state."""

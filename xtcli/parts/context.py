@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class KeyValues:
     v: Tensor
 
     @classmethod
-    def new(cls, batch: int, heads: int, capacity: int, dim: int, device: Any, dtype: Any) -> KeyValues:
+    def new(cls, batch: int, heads: int, capacity: int, dim: int, device: Any, dtype: Any) -> Self:
         shape = (batch, heads, capacity, dim)
         return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
@@ -142,6 +142,21 @@ class KeyValues:
 
     def select(self, rows: Tensor) -> None:
         self.k, self.v = self.k[rows], self.v[rows]
+
+
+@dataclass
+class Newest(KeyValues):
+    """A cache of the newest keys and values alone, as many as it has slots for: all that a window looks back to."""
+
+    def append(self, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Put T new keys and values behind those that are kept; return both, and keep the newest of them."""
+        slots = self.k.shape[2]
+        held = min(offset, slots)
+        k, v = torch.cat((self.k[:, :, :held], k), 2), torch.cat((self.v[:, :, :held], v), 2)
+        count = min(k.shape[2], slots)
+        first = k.shape[2] - count
+        self.k[:, :, :count], self.v[:, :, :count] = k[:, :, first:], v[:, :, first:]
+        return k, v
 
 
 @dataclass

@@ -66,6 +66,10 @@ class ContinuousInput(Embedding):
             raise ValueError(f"input_values has shape {tuple(values.shape)}, expected (rows, places, {self.given})")
         return values.shape[0], values.shape[1], values.device
 
+    def blank(self, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Vectors of zeros."""
+        return {"input_values": torch.zeros(rows, length, self.given, dtype=dtype, device=device)}
+
     def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
         """input_values (B, T, width) -> (B, T, D)."""
         if segments is not None:
@@ -82,6 +86,8 @@ class ContinuousOutput(Head):
     A target of -100 is left out, number by number.
     """
 
+    unit = "squared error"
+
     class Config(registry.Config):
         """A vector for each place, with squared error."""
 
@@ -96,7 +102,7 @@ class ContinuousOutput(Head):
 
     def predict(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., width)."""
-        return states if self.project is None else self.project(states)  # type: ignore[no-any-return]
+        return states if self.project is None else self.project(states)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         return {"predictions": self.predict(hidden.states)}

@@ -1,6 +1,6 @@
 """Telling which tokens of a text are not the ones that stood there (Clark et al. 2020, arXiv:2003.10555).
 
-    replaced    p(token t was replaced) = sigmoid(w . act(dense(h_t)) + b), one logit a token
+replaced    p(token t was replaced) = sigmoid(w . act(dense(h_t)) + b), one logit a token
 """
 
 from __future__ import annotations

@@ -119,6 +119,10 @@ class Embedding(nn.Module):
             raise ValueError("neither input_ids nor inputs_embeds were given")
         return given.shape[0], given.shape[1], given.device
 
+    def blank(self, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Inputs of the size of `rows` texts of `length` places, for measuring."""
+        return {"input_ids": torch.zeros(rows, length, dtype=torch.long, device=device)}
+
 
 @part("embed", "tokens")
 class Tokens(Embedding):
@@ -131,8 +135,9 @@ class Tokens(Embedding):
         """Token, position and segment embeddings."""
 
         positions: AbsoluteSlot = field("absolute positions", NoPlaces.Config())
-        segments: int | Literal["tokens"] | None = field(
-            "rows of a segment table; 'tokens' reads segment ids from the token table", None
+        segments: int | Literal["tokens", "scores"] | None = field(
+            "rows of a segment table; 'tokens' reads segment ids from the token table, 'scores' leaves them to attention",
+            None,
         )
         separator: int | None = field(
             "id of the token that ends the first text: where no segments are given, what follows it is segment 1",
@@ -163,6 +168,7 @@ class Tokens(Embedding):
         self.positions = summed.make("positions", config.positions)
         self.segments = Table(config.segments, summed.dim) if isinstance(config.segments, int) else None
         self.segments_read_tokens = config.segments == "tokens"
+        self.segments_pass = config.segments == "scores"
         self.separator = config.separator
         if config.separator is not None:
             self.reads = (QUESTION,)
@@ -188,10 +194,10 @@ class Tokens(Embedding):
         if segments is None and self.separator is not None:
             segments = behind(ctx.ids, ctx.extras, self.separator, x.shape[1])
         if self.segments is not None:
-            return x + (self.segments.weight[0] if segments is None else self.segments(segments))  # type: ignore[no-any-return]
+            return x + (self.segments.weight[0] if segments is None else self.segments(segments))
         if self.segments_read_tokens and segments is not None:
             return x + F.embedding(segments, ctx.table)  # type: ignore[arg-type]
-        if segments is not None:
+        if segments is not None and not self.segments_pass:
             raise ValueError("token_type_ids were given, but this architecture has no segments")
         return x
 
@@ -218,7 +224,7 @@ class Factorised(Tokens):
     class Config(Tokens.Config):
         """Token, position and segment embeddings in a width of their own, projected to dim."""
 
-        width: int = field("width of the token table's rows", gt=0, tiny=32, example=24)
+        width: int = field("width of the token table's rows", gt=0, tiny=32, example=64)
         project_after: Literal["tokens", "sum", "norm", "dropout"] = field(
             "the step behind which the projection stands: token vectors, positions and segments, norm, dropout",
             "dropout",

@@ -22,21 +22,12 @@ from xtcli.parts.scope import Scope
 from xtcli.registry import field, part
 
 
-def _kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these: bfloat16 on a GPU, rows of whole 16 bytes."""
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
-
-
 @torch.library.custom_op("xtcli::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows x (N, I), weights (E, O, I), counts (E,) of the rows of each -> (N, O), zeros behind the last one."""
-    ends = counts.cumsum(0)
-    if _kernel(x, weight):
-        out = torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends.int())
-        return torch.where(torch.arange(len(x), device=x.device)[:, None] < ends[-1], out, 0.0)
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
-    for matrix, end in zip(weight, ends.tolist(), strict=True):
+    for matrix, end in zip(weight, counts.cumsum(0).tolist(), strict=True):
         if end > start:
             torch.mm(x[start:end], matrix.t(), out=out[start:end])
         start = end
@@ -46,12 +37,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 @torch.library.custom_op("xtcli::grouped_outer", mutates_args=())
 def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """Rows y (N, O) and x (N, I) -> (E, O, I), the sum of outer products over the rows of each."""
-    ends = counts.cumsum(0)
     out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
-    if _kernel(x, out) and y.dtype == x.dtype:
-        return torch._grouped_mm(y.contiguous().t(), x.contiguous(), offs=ends.int())
     start = 0
-    for matrix, end in zip(out, ends.tolist(), strict=True):
+    for matrix, end in zip(out, counts.cumsum(0).tolist(), strict=True):
         if end > start:
             torch.mm(y[start:end].t(), x[start:end], out=matrix)
         start = end
@@ -75,7 +63,7 @@ def _remember(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, counts = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    dx = grouped_linear(dy, weight.transpose(1, 2).contiguous(), counts) if needed[0] else None
+    dx = grouped_linear(dy, weight.transpose(1, 2), counts) if needed[0] else None
     return dx, grouped_outer(dy, x, counts) if needed[1] else None, None
 
 
@@ -103,7 +91,8 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows (N, in) sorted by expert -> (N, out)."""
-        weight, kind = self.weight, x.device.type
+        weight: Tensor = self.weight
+        kind = x.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             narrow = torch.get_autocast_dtype(kind)
             x, weight = x.to(narrow), weight.to(narrow)

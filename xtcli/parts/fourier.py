@@ -41,4 +41,5 @@ class Fourier(nn.Module):
         """x (B, T, D) -> (B, T, D); raises UserError for documents that should not see each other."""
         if ctx.documents is not None:
             raise refuse("a Fourier transform mixes all documents of a row", "set objective.pack=stream or none")
-        return torch.fft.fft2(widen(x), dim=(1, 2)).real.to(x.dtype)
+        mixed: Tensor = torch.fft.fft2(widen(x), dim=(1, 2)).real
+        return mixed.to(x.dtype)

@@ -139,7 +139,7 @@ class Graph(nn.Module):
         return labels, {name: value for name, value in given.items() if name not in wanted}
 
     @staticmethod
-    def members(config: Any) -> dict[str, tuple[Config, str]]:
+    def members(config: Any) -> dict[str, tuple[registry.Config, str]]:
         """The models that a graph of several holds: name -> (config, what precedes the tensors it has alone)."""
         return {}
 
@@ -159,7 +159,11 @@ class Graph(nn.Module):
     def losses(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Term]:
         """The loss terms of aligned targets, by head, and of routers, by kind; see data/batch.py."""
         hidden = self.hidden(**inputs)
-        return self.terms(hidden, targets) | self.auxiliary.terms(hidden.ledger, self.sides)
+        return self.terms(hidden, targets) | self.routed(hidden)
+
+    def routed(self, hidden: Hidden) -> dict[str, Term]:
+        """The loss terms of routers of states that are already there, by kind (and tower, where there are two)."""
+        return self.auxiliary.terms(hidden.ledger, self.sides)
 
     def units(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """What the losses of routers are divided by, from the inputs of a whole step."""
@@ -172,6 +176,10 @@ class Graph(nn.Module):
             head: Head = self.heads[name]  # type: ignore[assignment]
             terms[name] = head.loss(self.read_by(name, hidden), wanted)
         return terms
+
+    def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Inputs of the size of `rows` texts of `length` places, on the model's device unless said, for measuring."""
+        raise AssertionError("a graph must know the sizes of its inputs")
 
     def hidden(self, **inputs: Any) -> Hidden:
         """What the heads read."""
@@ -207,6 +215,9 @@ class OneStack(Graph, Tower):
         self.pooler = None if config.pooler is None else Pooler(config.pooler, above)
         self.heads = self.make_heads(above, self.pooler is not None)
         scope.settle()
+
+    def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:
+        return self.embed.blank(rows, length, device or self.device, self.dtype)  # type: ignore[operator, no-any-return]
 
     def new_state(self, batch: int, capacity: int, device: Any = None, dtype: Any = None) -> ModelState:
         """An empty state for `capacity` tokens, on the model's device and in its type unless said."""

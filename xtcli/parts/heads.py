@@ -11,7 +11,7 @@ language models) only those are multiplied with the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from xtcli.parts.linear import Linear
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
 from xtcli.parts.scope import Impossible, Scope
+from xtcli.parts.segments import QUESTION, outside
 from xtcli.registry import Config, Slot, field, part
 
 
@@ -71,6 +72,7 @@ class Head(nn.Module):
     more_labels: tuple[str, ...] = ()  # labels beside it that `targets` reads
     share = 1.0  # of this head in the loss
     loss_name = "loss"
+    unit = "nats"  # of the loss
     sparse = False  # whether only supervised positions are computed in training
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
@@ -181,11 +183,12 @@ class LanguageModel(Head):
 
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
-        weight = table if self.decoder is None else self.decoder.weight
+        weight: Any = table if self.decoder is None else self.decoder.weight
         states = self.transform(states)
         if self.scale != 1.0:
             states = states * self.scale
-        logits = F.linear(states, weight, self.bias)  # type: ignore[arg-type]
+        # A stream may be wider than the weights.
+        logits = F.linear(states.to(weight.dtype), weight, self.bias)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
@@ -212,23 +215,29 @@ class MaskedLanguageModel(Head):
         act: Activation = field("activation of the transform", "gelu")
         norm: NormSlot = field("norm of the transform", norms.INHERIT)
         tied: bool = field("uses the token table as its matrix", True)
+        extended: bool = field("as wide as the states: columns of its own stand beside those of a narrower table", False)
         output: Literal["logits", "prediction_logits"] = field("name of its output", "logits")
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
         refuse_without_table(config.tied, scope)
-        width = scope.table or scope.dim
+        narrow = scope.table or scope.dim
+        width = scope.dim if config.extended else narrow
         self.dense = Linear(scope.dim, width, True)
         self.act = ACTIVATIONS[config.act]
         self.norm = make_norm(scope, "norm", config.norm, dim=width)
-        self.decoder = None if config.tied else Linear(width, scope.vocab, False, "head")
+        self.decoder = None if config.tied else Linear(narrow, scope.vocab, False, "head")
+        self.extra = Linear(scope.vocab, width - narrow, False, "head") if config.extended else None
         self.bias = nn.Parameter(torch.zeros(scope.vocab))
         self.output = config.output
 
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
         weight = table if self.decoder is None else self.decoder.weight
-        return F.linear(self.norm(self.act(self.dense(states))), weight, self.bias)  # type: ignore[arg-type]
+        states = self.norm(self.act(self.dense(states)))
+        if self.extra is None:
+            return F.linear(states, weight, self.bias)  # type: ignore[arg-type]
+        return F.linear(states, torch.cat((weight, self.extra.weight.t()), 1), self.bias)  # type: ignore[arg-type]
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         return {self.output: self.logits(hidden.states, hidden.table)}
@@ -270,12 +279,27 @@ class Span(Head):
     class Config(registry.Config):
         """Extractive question answering."""
 
+        transform: Annotated[Config, Slot("transform")] = field("what comes before it", NoTransform.Config())
+        separator: int | None = field(
+            "id of the token that ends the question, where the answer is never in it: its places get -1e6",
+            None,
+            ge=0,
+            tiny=511,
+        )
+
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.transform = scope.make("transform", config.transform)
         self.classifier = Linear(scope.dim, 2, True, "head")
+        self.separator = config.separator
+        if config.separator is not None:
+            self.reads = (QUESTION,)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        start, end = self.classifier(hidden.states).unbind(-1)
+        logits = self.classifier(self.transform(hidden.states))
+        if self.separator is not None:
+            logits = outside(logits, hidden.ids, hidden.extras, self.separator)
+        start, end = logits.unbind(-1)
         return {"start_logits": start, "end_logits": end}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:

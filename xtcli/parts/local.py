@@ -27,10 +27,10 @@ from xtcli.parts import masks, norms, positions
 from xtcli.parts.attention import Attention, Heads
 from xtcli.parts.bands import Aside, Band, WindowLayout, by_distance
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.kernels import fused
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.positions import PositionSlot
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.scores import fused
 from xtcli.registry import field, part, part_of
 
 PerLayer = int | Annotated[tuple[int, ...], Strict(False)]
@@ -63,10 +63,12 @@ def refuse_in_decoder(kind: str, scope: Scope) -> None:
 
 
 class Near(Attention):
-    """What attentions with a window share. `seen_words` says what a picture of the window does not show."""
+    """What attentions with a window share. `sees` says what a picture of the window does not show."""
 
     honours = ("out",)
-    seen_words = ""
+    linear = True
+    sees = ""
+    biased: tuple[int, ...] = ()  # numbers of the biases of its scores
     more: tuple[Any, ...] = ()  # what its layout is made of besides the window
 
     class Config(Heads.Config):
@@ -95,6 +97,7 @@ class Near(Attention):
             raise Impossible("position", "this bias is not one of the distance alone", "use t5 or alibi")
         if bias is not None and dilation > 1:
             raise Impossible("dilation", "a bias of the distance needs windows without gaps", "set dilation: 1")
+        self.biased = self.biased if bias is None else (bias, *self.biased)
         self.rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
         self.layout: int = scope.shared.layout(
             (config.kind, radius, dilation, bias, self.more), lambda: self.lay_out(radius, dilation, bias, *self.more)
@@ -232,12 +235,19 @@ class TransientGlobal(Near):
                 raise Impossible("side_position", "this bias is not one of the distance alone", "use t5 or alibi")
         elif not inherited and position.kind != "none":
             raise Impossible("side_position", f"'{position.kind}' adds no bias", "use t5, alibi or none")
-        self.more = (config.block, side)
-        self.seen_words = f"and 1 side token for every {config.block} places"
+        self.more, self.biased = (config.block, side), () if side is None else (side,)
+        self.sees = f"1 side token for every {config.block} places, which all queries see"
         super().look(config, scope, bias)
 
     def lay_out(self, *sizes: Any) -> nn.Module:
         return SideLayout(*sizes)
+
+    def pairs(self, length: int) -> int:
+        """How many keys, side tokens among them, all queries of a text see together."""
+        slot = torch.arange(length)
+        radius, gap = self.rule.left, self.rule.dilation
+        before, after = slot.clamp(max=radius) // gap, (length - 1 - slot).clamp(max=radius) // gap
+        return int((before + after + 1).sum()) + length * (length // int(self.more[0]))
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         """x (B, T, dim) -> (B, T, dim)."""

@@ -24,15 +24,16 @@ from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, Strict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from xtcli import registry
-from xtcli.parts.chunked import InChunks, around, fill, filled, real
+from xtcli.parts import masks
+from xtcli.parts.chunked import InChunks, around, fill, filled, real, slab_of
 from xtcli.parts.context import Ctx, KeyValues
 from xtcli.parts.linear import Linear
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.registry import field, part
+from xtcli.registry import Config, field, part
 
 EPS = 1e-6
 """Added to the mean square of a key."""
@@ -84,6 +85,10 @@ class HashedAttention(InChunks):
         self.head_dim = config.head_dim or scope.dim // config.heads
         self.factors = (config.buckets,) if isinstance(config.buckets, int) else config.buckets
         self.longest = scope.context
+        self.rule: Config = masks.CAUSAL if scope.causal else masks.FULL
+        keys = (1 + self.before + self.after) * self.chunk
+        each = "" if self.rounds == 1 else f" in each of {self.rounds} rounds"
+        self.sees = f"of the keys shown, a query sees at most {keys}{each}: those whose vectors hash like its own"
         self.rate = scope.dropout if config.dropout is None else config.dropout
         wide = self.heads * self.head_dim
         self.qk = Linear(scope.dim, wide, config.bias, "query")
@@ -111,7 +116,7 @@ class HashedAttention(InChunks):
     def whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
         """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), every key being near."""
         slots = torch.arange(k.shape[2], device=q.device)[None, None]
-        return self.attend(q, k, v, slots[..., ctx.offset :], slots, ctx.keep, ctx)[0]
+        return self.attend(q, slots[..., ctx.offset :], k, v, slots, ctx.keep, ctx)[0]
 
     def hashed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, length: int) -> Tensor:
         """q, k, v (B, H, T, D) -> (B, H, T, D), the text sorted by buckets."""
@@ -128,30 +133,36 @@ class HashedAttention(InChunks):
 
         buckets = make() if ctx.decisions is None else ctx.decisions.settle(make)
         order = buckets.sort(dim=-1, stable=True).indices  # (B, H, R L): where each sorted token comes from
-        back = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=q.device).expand_as(order))
+        numbers = torch.arange(order.shape[-1], device=q.device).expand_as(order)
+        back = torch.empty_like(order).scatter_(-1, order, numbers)
         slots = order % length
 
         def cut(y: Tensor) -> Tensor:
             """(B, H, L, D) -> (B, H, N, C, D), sorted."""
             picked = y.gather(2, slots[..., None].expand(-1, -1, -1, self.head_dim))
-            return picked.unflatten(2, (-1, self.chunk))
+            return picked.unflatten(2, (-1, self.chunk))  # type: ignore[no-any-return]
 
         places = slots.unflatten(2, (-1, self.chunk))  # (B, H, N, C)
-        k, v, keys = (around(y, self.before, self.after, 2) for y in (cut(k), cut(v), places))
-        y, weight = self.attend(cut(q), k, v, places, keys, keep, ctx)
-        y = y.flatten(2, 3).gather(2, back[..., None].expand(-1, -1, -1, self.head_dim))
+        width = (self.before + 1 + self.after) * self.chunk
+        slab = slab_of(batch * self.heads, self.chunk * width)
+        near = (around(y, self.before, self.after, 2, slab) for y in (cut(k), cut(v), places))
+        own = (y.split(slab, 2) for y in (cut(q), places))
+        found = [self.attend(*sides, keep, ctx) for sides in zip(*own, *near, strict=True)]
+        y = torch.cat([one for one, _ in found], 2).flatten(2, 3)
+        y = y.gather(2, back[..., None].expand(-1, -1, -1, self.head_dim))
         if self.rounds > 1:
-            total = weight.flatten(2, 3).gather(2, back).unflatten(2, (self.rounds, length))
+            total = torch.cat([one for _, one in found], 2).flatten(2, 3).gather(2, back)
+            total = total.unflatten(2, (self.rounds, length))
             # A softmax; where a token sees itself alone its sums are -1e5 and the difference rounds as it was trained.
             shares = (total - total.logsumexp(2, keepdim=True)).exp()
             y = (y.unflatten(2, (self.rounds, length)) * shares[..., None].to(y.dtype)).sum(2)
         return y[:, :, :tokens]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, keep: Tensor | None, ctx: Ctx
+        self, q: Tensor, queries: Tensor, k: Tensor, v: Tensor, keys: Tensor, keep: Tensor | None, ctx: Ctx
     ) -> tuple[Tensor, Tensor]:
-        """q (.., C, D), k and v (.., W, D), the slots (.., C) and (.., W) they come from -> (.., C, D), and the
-        logarithm (.., C) of what the weights were divided by."""
+        """q (.., C, D), k and v (.., W, D), each with the slots (.., C) and (.., W) they come from -> (.., C, D), and
+        the logarithm (.., C) of what the weights were divided by."""
         scores = q @ k.transpose(-1, -2)
         hide, oneself = (-1e4, -1e3) if scores.dtype == torch.float16 else (-1e9, -1e5)
         lead = [1] * (keys.dim() - 2)
@@ -168,7 +179,8 @@ class HashedAttention(InChunks):
             gone = ~of(keep, keys)[..., None, :]
             hidden = gone if hidden is None else hidden | gone
         if ctx.documents is not None:
-            documents = F.pad(ctx.documents, (0, int(filled(ctx.documents.shape[1], self.chunks)) - ctx.documents.shape[1]))
+            tokens = ctx.documents.shape[1]
+            documents = F.pad(ctx.documents, (0, filled(tokens, self.chunks) - tokens))
             other = of(documents, queries)[..., :, None] != of(documents, keys)[..., None, :]
             hidden = other if hidden is None else hidden | other
         if hidden is not None:
@@ -199,7 +211,12 @@ class HashedAttention(InChunks):
         shape = (self.heads, self.head_dim, self.rounds, columns)
         if self.seed is None:
             return torch.randn(shape, device=q.device, dtype=q.dtype)
-        return seeded(self.seed, list(shape), q)
+        return seeded(self.seed, list(shape), q)  # type: ignore[no-any-return]
+
+    def pairs(self, length: int) -> int:
+        """Query-key pairs that are computed for each head."""
+        whole = filled(length, self.chunks)
+        return length**2 if whole <= self.chunk else whole * self.rounds * (1 + self.before + self.after) * self.chunk
 
     def extra_repr(self) -> str:
         buckets = "by length" if self.factors is None else " x ".join(map(str, self.factors))

@@ -122,6 +122,16 @@ class AnyOf(Mask):
         return reduce(torch.logical_or, (allowed(r, q, k) for r in rule.of))
 
 
+def reach(rule: Any) -> int | None:
+    """How many slots a rule looks back at most; None where nothing bounds it."""
+    if rule.kind == "window":
+        return int(rule.left)
+    bounds = [reach(member) for member in rule.of] if rule.kind in ("all", "any") else []
+    if rule.kind == "any":
+        return None if None in bounds else max(bound for bound in bounds if bound is not None)
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
 def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
     """True where `rule` lets slot `q` see slot `k`; broadcasts q against k."""
     seen: Tensor = part_of(rule).allowed(rule, q, k)

@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         return y.view_as(x)
 
 
-def dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: nn.Module, most: int) -> Tensor:
+def dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: Any, most: int) -> Tensor:
     """Tokens x (N, D) through their `experts` (N, K), summed by `weights` (N, K) -> (N, D).
 
     `run` are the experts; a number beyond the last is none. At most `most` of the N x K pairs have one.
@@ -73,4 +73,5 @@ def dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: nn.Module, most: 
     places = order.argsort()  # where each pair stands in the sorted rows
     pairs = made[places.clamp(max=most - 1)].unflatten(0, (-1, choices))  # (N, K, D)
     shares = weights.masked_fill(experts >= count, 0.0)
-    return (pairs * shares[..., None].to(pairs.dtype)).sum(1).to(x.dtype)
+    total: Tensor = (pairs * shares[..., None].to(pairs.dtype)).sum(1)
+    return total.to(x.dtype)

@@ -5,6 +5,7 @@
     simple-rms  x / sqrt(mean(x^2) + eps)                        Qin et al. 2023, arXiv:2307.14995
     scale       x / max(|x|, eps) * weight, a single number      Nguyen, Salazar 2019, arXiv:1910.05895
     unit        x / max(|x|, eps), in groups of the axis         Henry et al. 2020, arXiv:2010.04245
+    affine      x * weight + bias                                Sun et al. 2020, arXiv:2004.02984
     none        x
     inherit     the model's norm
 
@@ -142,6 +143,31 @@ def unit(x: Tensor, eps: float) -> Tensor:
     wide = widen(x)
     length: Tensor = wide.norm(dim=-1, keepdim=True)
     return (wide / length.clamp(min=eps)).to(x.dtype)
+
+
+@part("norm", "affine")
+class Affine(nn.Module):
+    """A gain and a bias without statistics."""
+
+    class Config(registry.Config):
+        """A gain and a bias, no normalisation."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(scope.dim))
+        self.bias = nn.Parameter(torch.empty(scope.dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def draw(self, normal: Draw) -> None:
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
 
 
 @part("norm", "none")

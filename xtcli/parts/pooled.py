@@ -8,7 +8,7 @@
     summary    the same beside a language model, from one state of each text
 
 `pick` says which vector stands for the text: the pooled one, the first state, the last real token's, that
-of the last end token, or the mean of the real ones.
+of the last end token, or the mean of the real ones; `row-last` and `row-mean` count padding like text.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from xtcli.parts.outputs import Term, cross_entropy
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
-Pick = Literal["pooled", "first", "last", "before-pad", "end", "mean"]
+Pick = Literal["pooled", "first", "last", "before-pad", "row-last", "end", "mean", "row-mean"]
 
 
 class PoolerConfig(Config):
-    """A dense layer and an activation on the first state."""
+    """A dense layer and an activation on the first state, or that state as it is."""
 
     act: Activation = field("activation", "tanh")
+    dense: bool = field("false: the first state as it is", True)
 
 
 class Pooler(nn.Module):
@@ -41,11 +42,11 @@ class Pooler(nn.Module):
 
     def __init__(self, config: PoolerConfig, scope: Scope) -> None:
         super().__init__()
-        self.dense = Linear(scope.dim, scope.dim, True)
+        self.dense = Linear(scope.dim, scope.dim, True) if config.dense else None
         self.act = ACTIVATIONS[config.act]
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.act(self.dense(states[:, 0]))
+        return states[:, 0] if self.dense is None else self.act(self.dense(states[:, 0]))
 
 
 def last_real(hidden: Hidden, pad: int | None) -> Tensor:
@@ -91,6 +92,10 @@ def pick_vector(hidden: Hidden, pick: Pick, pad: int | None, end: int = 0) -> Te
         return hidden.pooled
     if pick == "first":
         return hidden.states[:, 0]
+    if pick == "row-last":
+        return hidden.states[:, -1]
+    if pick == "row-mean":
+        return hidden.states.mean(1)
     if pick == "before-pad":
         return hidden.states[torch.arange(hidden.states.shape[0], device=hidden.states.device), before_pad(hidden, pad)]
     if pick in ("last", "end"):
@@ -168,7 +173,11 @@ class SequenceLabels(Head):
         )
         act: Activation = field("activation of that layer", "tanh")
         bias: bool = field("adds biases", True)
+        transform: Annotated[Config, Slot("transform")] = field(
+            "what comes before the classifier in the place of that layer", NoTransform.Config()
+        )
         dropout: float | None = field("dropout before each linear layer; null = model.dropout", None, ge=0, lt=1)
+        first_dropout: float | None = field("dropout of the picked vector; null = as dropout", None, ge=0, lt=1)
         problem: Literal["one", "many", "number"] | None = field(
             "one label of several, any number of labels, or regression; null = by the targets: numbers for a single "
             "output, one label for whole numbers, else many",
@@ -181,13 +190,21 @@ class SequenceLabels(Head):
         width = scope.dim if isinstance(config.hidden, bool) else config.hidden
         self.dense = Linear(scope.dim, width, config.bias) if config.hidden else None
         self.act = ACTIVATIONS[config.act]
+        self.transform = None
+        if config.transform.kind != "none":
+            if config.hidden:
+                raise Impossible("transform", "stands where the dense layer does", "set hidden: false")
+            self.transform = scope.make("transform", config.transform, table=None)
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        self.first = nn.Dropout(self.dropout.p if config.first_dropout is None else config.first_dropout)
         self.classifier = Linear(width, config.labels, config.bias, "head")
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        x = self.dropout(pick_vector(hidden, self.pick, self.pad, self.end))
+        x = self.first(pick_vector(hidden, self.pick, self.pad, self.end))
         if self.dense is not None:
             x = self.dropout(self.act(self.dense(x)))
+        elif self.transform is not None:
+            x = self.dropout(self.transform(x))
         return {"logits": self.classifier(x)}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
@@ -217,7 +234,9 @@ class MultipleChoice(Head):
             "pooled",
         )
         first_dropout: float = field("dropout of that vector", 0.0, ge=0, lt=1)
-        transform: Annotated[Config, Slot("transform")] = field("what comes before the classifier", NoTransform.Config())
+        transform: Annotated[Config, Slot("transform")] = field(
+            "what comes before the classifier", NoTransform.Config()
+        )
         dropout: float | None = field("dropout before the classifier; null = model.dropout", None, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope) -> None:

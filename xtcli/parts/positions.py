@@ -34,7 +34,7 @@ from xtcli.parts.context import Ctx
 from xtcli.parts.embed import SinusoidalPlaces
 from xtcli.parts.linear import Linear, Table
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.shared import slot_distance
+from xtcli.parts.shared import slid, slot_distance
 from xtcli.registry import Config, Slot, field, part, part_of
 
 PositionSlot = Annotated[Config, Slot("position")]
@@ -64,6 +64,18 @@ NONE: Config = NoPosition.Config()
 INHERIT: Config = InheritedPosition.Config()
 
 
+class Bias(nn.Module):
+    """Something added to the scores, one for the stack: `scores(ctx, queries)` gives (B|1, H, T, S).
+
+    share: see above. slides: depends on the distance of slots alone. reads_width: is made for heads of one width.
+    """
+
+    reach = "bias"
+    share = 1.0
+    slides = False
+    reads_width = False
+
+
 def bucket(distance: Tensor, buckets: int, furthest: int, both_sides: bool) -> Tensor:
     """T5's bucket of key - query: half the buckets exact, the rest logarithmic up to `furthest`.
 
@@ -84,10 +96,9 @@ def bucket(distance: Tensor, buckets: int, furthest: int, both_sides: bool) -> T
 
 
 @part("position", "t5")
-class BucketBias(nn.Module):
+class BucketBias(Bias):
     """A bias for each head and bucket of distance, one table for the whole stack."""
 
-    reach = "bias"
     slides = True
 
     class Config(registry.Config):
@@ -106,11 +117,10 @@ class BucketBias(nn.Module):
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
-        # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
-        span = ctx.keys.shape[1]
-        distances = torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device)
-        values = self.table(bucket(distances, self.buckets, self.furthest, self.both_sides))  # (T + S - 1, H)
-        return values.t().unfold(1, span, 1).flip(1)[None]  # type: ignore[no-any-return]
+        return slid(self._values, ctx, queries)
+
+    def _values(self, distances: Tensor) -> Tensor:
+        return self.table(bucket(distances, self.buckets, self.furthest, self.both_sides))  # type: ignore[no-any-return]
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -121,14 +131,12 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 @part("position", "alibi")
-class Alibi(nn.Module):
+class Alibi(Bias):
     """slope x (key place - query place); no parameters.
 
     One surprise: `rounded` biases are those of the keys' own places, slope and product in bfloat16, as some models
     were trained; then a distance means something else far from the start.
     """
-
-    reach = "bias"
 
     class Config(registry.Config):
         """Attention with linear biases."""
@@ -167,10 +175,9 @@ class Alibi(nn.Module):
 
 
 @part("position", "distance-mlp")
-class DistanceNetwork(nn.Module):
+class DistanceNetwork(Bias):
     """A bias for each head from a network of key slot - query slot, one for the whole stack; any length."""
 
-    reach = "bias"
     slides = True
 
     class Config(registry.Config):
@@ -190,14 +197,15 @@ class DistanceNetwork(nn.Module):
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
+        return slid(self._values, ctx, queries)
+
+    def _values(self, distances: Tensor) -> Tensor:
         weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
-        span = ctx.keys.shape[1]
-        x = torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=weight.device).to(weight.dtype)[:, None]
+        x = distances.to(weight.dtype)[:, None]
         x = x.sign() * torch.log1p(x.abs()) if self.log else x
         for layer in self.layers[:-1]:
             x = self.act(layer(x))
-        values = self.layers[-1](x)  # (T + S - 1, H)
-        return values.t().unfold(1, span, 1).flip(1)[None]  # type: ignore[no-any-return]
+        return self.layers[-1](x)  # type: ignore[no-any-return]
 
 
 @part("position", "infused")
@@ -294,8 +302,11 @@ class Relative(nn.Module):
     def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d) -> (B, H, T, S), already scaled."""
         steps = (-slot_distance(ctx, q.shape[2])).clamp(-self.distance, self.distance) + self.distance
-        vectors = self.table(steps)  # (T, S, d)
-        scores = torch.einsum("bhtd,tsd->bhts", q, vectors)
+        vectors = self.table(steps)  # (B|1, T, S, d)
+        if vectors.shape[0] == 1:
+            scores = torch.einsum("bhtd,tsd->bhts", q, vectors[0])
+            return (scores + torch.einsum("bhsd,tsd->bhts", k, vectors[0]) if self.key_term else scores) * self.factor
+        scores = torch.einsum("bhtd,btsd->bhts", q, vectors)
         if self.key_term:
-            scores = scores + torch.einsum("bhsd,tsd->bhts", k, vectors)
+            scores = scores + torch.einsum("bhsd,btsd->bhts", k, vectors)
         return scores * self.factor

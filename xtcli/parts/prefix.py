@@ -77,17 +77,37 @@ def make_prefix(count: int | None, stack: Config, scope: Scope) -> Prefix | None
 
 def behind(prefix: Prefix | None, scope: Scope) -> Scope:
     """The scope of the stack that reads the prefix: its texts are longer."""
-    if prefix is None or scope.context is None:
+    if prefix is None:
         return scope
-    return scope.at("", context=scope.context + prefix.count)
+    context = None if scope.context is None else scope.context + prefix.count
+    return scope.at("", context=context, prefix=prefix.count)
 
 
 def refuse_readers(prefix: Prefix | None, stack: nn.Module, scope: Scope) -> None:
-    """File the parts of a stack that read inputs of their own, token by token, which know nothing of a prefix."""
+    """File the parts of a stack that know nothing of a prefix: that read inputs of their own, token by token, or
+    see keys of their own choice; and a stack where nothing would see it."""
+    if prefix is None:
+        return
+    if not any(_mixes(module) for module in stack.modules()):
+        cause = "no part of this stack mixes the places of its text, so that no word would see memory tokens"
+        scope.file(Impossible("memory_tokens", cause, "leave them out"))
     readers = sorted({name for module in stack.modules() for name in getattr(module, "reads", ())})
-    if prefix is not None and readers:
+    if readers:
         cause = f"memory tokens have no place in {', '.join(readers)}, which parts of this stack read token by token"
         scope.file(Impossible("memory_tokens", cause, "leave them out"))
+    if any(_chooses(module) for module in stack.modules()):
+        cause = "memory tokens are seen by every word, and attention of this stack chooses among the keys by itself"
+        scope.file(Impossible("memory_tokens", cause, "leave them out, or use attention with a mask"))
+
+
+def _mixes(part: nn.Module) -> bool:
+    """Whether a part mixes the places of the text that it reads."""
+    return getattr(getattr(part, "Config", None), "slot", "") == "mixer" and not getattr(part, "reads_memory", False)
+
+
+def _chooses(mixer: nn.Module) -> bool:
+    """Whether a part sees keys of its own choice, by place or by content, whatever the mask says."""
+    return getattr(mixer, "aligned", False) or "memory" not in getattr(mixer, "honours", ("memory",))
 
 
 def _joined(front: Tensor, back: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class Recurrence(registry.Config):
 
     length: int | None = field("inputs that each attention keeps, the newest; null = all", None, ge=0, tiny=17)
     start: Literal["empty", "zeros"] = field("what stands before a text: nothing, or `length` zero vectors", "empty")
-    reuse: int | None = field("places of a segment that are remembered, from its first; null = all", None, gt=0, tiny=16)
+    reuse: int | None = field(
+        "places of a segment that are remembered, from its first; null = all", None, gt=0, tiny=16
+    )
     in_eval: bool = field("memories are given out in evaluation, unless use_mems says otherwise", True)
     in_training: bool = field("memories are given out in training, unless use_mems says otherwise", True)
 
@@ -86,8 +88,8 @@ def given(mems: Sequence[Tensor | None] | Tensor, stack: Any) -> list[Tensor] | 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a recurrent stack: places of its queries (B|1, T), which begin behind the memory, and of the keys that
-    it makes (B|1, M + T); which keys are seen, slots of memory in front, the states of the blocks, and the places of the
+    """One call of a recurrent stack: places of its queries (B|1, T), which begin behind the memory, and of the keys it
+    makes (B|1, M + T); which keys are seen, slots of memory in front, the states of the blocks, and the places of the
     keys again where memory is among them."""
 
     places: Tensor

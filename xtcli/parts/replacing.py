@@ -1,4 +1,4 @@
-"""A graph of two encoders: a generator replaces tokens, a discriminator tells which (Clark et al. 2020, arXiv:2003.10555).
+"""Two encoders: a generator replaces tokens, a discriminator tells which (Clark et al. 2020, arXiv:2003.10555).
 
     g = generator(masked text)                    p = softmax(mlm(g)) at the chosen places
     y_t ~ p_t where t was chosen, else x_t        z = replaced(discriminator(y))
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli import registry
 from xtcli.errors import refuse
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx, Ledger
@@ -46,7 +47,7 @@ FILLS, DETECTS = "mlm", "replaced"
 class GeneratorConfig(Config):
     """The tower that makes replacements."""
 
-    dim: int = field("width of its residual stream", gt=0, tiny=32)
+    dim: int = field("width of its residual stream", gt=0, tiny=48)
     stack: StackSlot = field("its blocks")
 
 
@@ -70,27 +71,29 @@ class ReplacedToken(OneStack):
             if name not in config.heads:
                 scope.file(Impossible("heads", f"have no '{name}', which this graph is trained with", "add it"))
         if not isinstance(self.embed, Tokens) or getattr(self.embed, "stage", len(STAGES) - 1) != len(STAGES) - 1:
-            mistake = Impossible("embed", "is shared up to its projection, which must come last", "use tokens or factorised")
-            scope.file(mistake)
+            cause = "is shared up to its projection, which must come last"
+            scope.file(Impossible("embed", cause, "use tokens or factorised"))
         width = scope.table or config.dim
         own = scope.at("generator", dim=config.generator.dim, table=width)
         self.generator = Tower(_projection(width, config.generator.dim), config.generator.stack, own, shares=True)
         heads = super().make_heads(scope, pooled)
         if FILLS in heads:
-            heads[FILLS].label = "generator_labels"
+            own_head: Any = heads[FILLS]
+            own_head.label = "generator_labels"
         return heads
 
     def head_scope(self, name: str, scope: Scope) -> Scope:
         """The generator's head reads the generator's states."""
         if name != FILLS:
             return scope
-        return scope.at("", dim=getattr(self.generator.stack, "width", self.config.generator.dim))  # type: ignore[attr-defined]
+        config: Any = self.config
+        return scope.at("", dim=getattr(self.generator.stack, "width", config.generator.dim))
 
     def read_by(self, head: str, hidden: Hidden) -> Hidden:
         """The generator's states for its head, the discriminator's for all others."""
         return hidden.others["generator"] if head == FILLS else hidden
 
-    def hidden(  # type: ignore[override]
+    def hidden(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -123,7 +126,7 @@ class ReplacedToken(OneStack):
         **extras: Tensor,
     ) -> Hidden:
         """What the generator makes of a text."""
-        rows, length, device = self.embed.size(input_ids, inputs_embeds, extras)  # type: ignore[operator]
+        _, length, device = self.embed.size(input_ids, inputs_embeds, extras)  # type: ignore[operator]
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"a generator reads texts (B, T), and input_ids has shape {tuple(input_ids.shape)}")
         if position_ids is None and self.limit is not None and length > self.limit:
@@ -149,10 +152,12 @@ class ReplacedToken(OneStack):
         chosen = draws >= 0
         with torch.no_grad():
             logits = self.heads[FILLS].logits(made.states[chosen], made.table)  # type: ignore[operator]
-        return ids.masked_scatter(chosen, drawn(logits, draws[chosen]))
+        shown = ids.clone()
+        shown[chosen] = drawn(logits, draws[chosen])
+        return shown
 
     def terms(self, hidden: Hidden, targets: Mapping[str, Tensor]) -> dict[str, Term]:
-        """Targets of `replaced` (B, T) are the tokens that truly stand there; what is not shown as such was replaced."""
+        """Targets of `replaced` (B, T) are the tokens that truly stand there; one that is not shown was replaced."""
         told = dict(targets)
         if DETECTS in told and hidden.ids is not None:
             truth = told[DETECTS]
@@ -163,7 +168,7 @@ class ReplacedToken(OneStack):
         return terms
 
     @staticmethod
-    def members(config: Any) -> dict[str, tuple[Config, str]]:
+    def members(config: Any) -> dict[str, tuple[registry.Config, str]]:
         """Each side as an encoder of its own, and what precedes the names of its tensors where it has them alone."""
         whole = {name: getattr(config, name) for name in OneStack.Config.model_fields}
         shared = {name: getattr(config.embed, name) for name in Tokens.Config.model_fields}

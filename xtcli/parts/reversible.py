@@ -1,8 +1,9 @@
 """A stack of two streams that can be undone, so that no activations are kept for the backward pass.
 
     y1 = x1 + f(x2)        x2 = y2 - g(y1)
-    y2 = x2 + g(y1)        x1 = y1 - f(x2)        Gomez et al. 2017, arXiv:1707.04585; Kitaev et al. 2020, arXiv:2001.04451
+    y2 = x2 + g(y1)        x1 = y1 - f(x2)        Gomez et al. 2017, arXiv:1707.04585
 
+In Transformers: Kitaev et al. 2020, arXiv:2001.04451.
 Both streams start as x (B, T, D). f is all sublayers of a block up to the last one that is no feed-forward, g the
 feed-forwards after it; either may be empty in some layers. Several sublayers in f run as an ordinary residual chain
 over a copy of the stream that f reads; f is what they add in sum.
@@ -59,7 +60,7 @@ class ReversibleBlock(Block):
         names = self.halves[half]
         total = None
         for name, sublayer, own in active({name: self.sublayers[name] for name in names}, ctx):
-            added = self.wiring.branch(name, x, sublayer, own)  # type: ignore[operator, union-attr]
+            added = self.wiring.branch(name, x, sublayer, own)  # type: ignore[operator]
             total = added if total is None else total + added
             x = x + added
         return total
@@ -86,13 +87,14 @@ class Reversible(Stack):
         if config.join == "concat":
             self.width = 2 * scope.dim
             self.norm = make_norm(scope, "norm", config.norm, dim=self.width)
+        blocks: list[ReversibleBlock] = list(self.blocks)  # type: ignore[arg-type]
         for half, stream in zip(HALVES, ("first", "second"), strict=True):
-            if not any(block.halves[half] for block in self.blocks):  # type: ignore[operator, union-attr]
+            if not any(block.halves[half] for block in blocks):
                 what = "mixer" if half == "f" else "feed-forward behind a mixer"
                 raise Impossible("", f"the {stream} stream never changes: no block has a {what}", "add one")
 
     def forward(self, x: Tensor, ctx: Ctx, trace: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, 2 D) or (B, T, D); `trace` collects the joined streams before each block and the result."""
+        """x (B, T, D) -> (B, T, 2 D) or (B, T, D); `trace` collects the joined streams before each block, and y."""
         states = ctx.state or [None] * len(self.blocks)
         ctx = replace(self.shared.prepare(x, ctx), state=None)
         if torch.is_grad_enabled() and trace is None and not self.keeps and not caches(states):
@@ -155,7 +157,7 @@ class Moment:
         """That of a computation on x that is about to begin."""
         kind = x.device.type
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        devices, states = get_device_states(x)  # type: ignore[no-untyped-call]
+        devices, states = get_device_states(x)
         return cls(torch.get_rng_state(), devices, states, kind, torch.get_autocast_dtype(kind) if casts else None)
 
     def casting(self) -> AbstractContextManager[Any]:

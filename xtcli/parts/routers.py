@@ -1,7 +1,7 @@
 """Routers: which experts each token passes through, and with what weight.
 
-    top-k       the k likeliest; weights are their probabilities, made to sum to 1     Shazeer et al. 2017, arXiv:1701.06538
-    capacity    the likeliest; weight is its probability                               Fedus et al. 2021, arXiv:2101.03961
+    top-k       the k likeliest; weights are their probabilities, made to sum to 1    Shazeer 2017, arXiv:1701.06538
+    capacity    the likeliest; weight is its probability                              Fedus 2021, arXiv:2101.03961
 
 Probabilities p = softmax(W x), over all experts. Under `capacity` an expert takes so many tokens of each row, first
 come, first served, and those behind go past it. That looks back only, so a causal model stays causal; in decoding the
@@ -54,7 +54,9 @@ class Router(nn.Module):
         """A linear layer over the experts."""
 
         bias: bool = field("adds a bias to the logits", False)
-        jitter: float = field("in training, inputs of the router are multiplied by 1 - jitter ... 1 + jitter", 0.0, ge=0)
+        jitter: float = field(
+            "in training, inputs of the router are multiplied by 1 - jitter ... 1 + jitter", 0.0, ge=0
+        )
 
     def __init__(self, config: Config, scope: Scope, experts: int) -> None:
         super().__init__()

@@ -96,14 +96,17 @@ def scan(
     made, all_begins, state = [], [], state.clone()
     for at in chunks.pieces():
         keeps, states, held = chunks.keeps(at), chunks.adds(at), chunks.held(at)
-        end = states[0].clone()
-        for number in range(1, chunks.length):
-            end.mul_(keeps[number]).add_(states[number])
         begins = torch.empty_like(held)
-        for number in range(held.shape[1]):
-            begins[:, number] = state
-            state = torch.addcmul(end[:, number], held[:, number], state)
+        begins[:, 0] = state
+        if held.shape[1] > 1:
+            end = states[0].clone()
+            for number in range(1, chunks.length):
+                end.mul_(keeps[number]).add_(states[number])
+            for number in range(1, held.shape[1]):
+                state = torch.addcmul(end[:, number - 1], held[:, number - 1], state)
+                begins[:, number] = state
         _run(keeps, states, begins)
+        state = states[-1, :, -1].clone()
         made.append(torch.matmul(states, chunks.c[:, :, at, :, None])[..., 0])
         all_begins.append(begins)
     return whole(torch.cat(made, 2), chunks.tokens).contiguous(), state, torch.cat(all_begins, 1)
@@ -138,15 +141,18 @@ def scan_backward(
         keeps, states, held = chunks.keeps(at), chunks.adds(at), chunks.held(at)
         _run(keeps, states, begins[:, at])
         dstates = dy[:, :, at, :, None] * chunks.c[:, :, at, None, :]
-        # The gradient of what came before each chunk, from its own tokens.
-        local = torch.zeros_like(held)
-        for number in reversed(range(chunks.length)):
-            local.add_(dstates[number]).mul_(keeps[number])
-        for number in reversed(range(held.shape[1])):
-            dstates[-1, :, number].add_(after)
-            after = torch.addcmul(local[:, number], held[:, number], after)
+        if held.shape[1] > 1:
+            # The gradient of what came before each chunk, from its own tokens.
+            local = torch.zeros_like(held)
+            for number in reversed(range(chunks.length)):
+                local.add_(dstates[number]).mul_(keeps[number])
+            for number in reversed(range(1, held.shape[1])):
+                dstates[-1, :, number].add_(after)
+                after = torch.addcmul(local[:, number], held[:, number], after)
+        dstates[-1, :, 0].add_(after)
         for number in reversed(range(chunks.length - 1)):
             dstates[number].addcmul_(keeps[number + 1], dstates[number + 1])
+        after = keeps[0, :, 0] * dstates[0, :, 0]
         step_x = chunks.step[:, :, at] * chunks.x[:, :, at]
         dstep_x = torch.matmul(dstates, chunks.b[:, :, at, :, None])[..., 0]
         db[:, :, at] = torch.matmul(step_x[..., None, :], dstates)[..., 0, :]
@@ -202,7 +208,16 @@ scan.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.xt.selective_scan)
 def _flops(
-    x: Any, step: Any, b: Any, c: Any, decay: Any, state: Any, opens: Any = None, *, out_shape: Any = None, **kwargs: Any
+    x: Any,
+    step: Any,
+    b: Any,
+    c: Any,
+    decay: Any,
+    state: Any,
+    opens: Any = None,
+    *,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """The exponents, two products and a sum for each state, and the contraction."""
     return int(7 * x[0] * x[1] * x[2] * b[2])

@@ -42,13 +42,16 @@ class Scope:
     position: Config | None = None  # what attentions of this stack inherit
     pad: int | None = None
     table: int | None = None  # width of the token table's rows, where it differs from dim
+    outer: int | None = None  # width of the stream, where a wiring narrows what its sublayers see
     memory: int | None = None  # width of the encoder memory that cross-attention reads
     layer: int = 0
+    layers: int = 1  # of the stack being built
     path: str = "model"
     shared: Any = None  # the `Shared` of the stack being built
     heads: int | None = None  # heads that a position is made for
     recurrence: Any = None  # the `Recurrence` of a stack that remembers earlier segments
     bands: Any = None  # the `Bands` of an embedding that cuts its vocabulary
+    prefix: int = 0  # memory tokens in front of every text
     head_dim: int | None = None  # width of the heads that a position is made for
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)
 

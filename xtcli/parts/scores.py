@@ -1,4 +1,4 @@
-"""From scores to weights, and the two ways to attend.
+"""From scores to weights.
 
 A kind of score is a stage of this path, and every other stage is passed through unchanged:
 
@@ -16,25 +16,21 @@ A kind of score is a stage of this path, and every other stage is passed through
 A stage that stands alone ends in a softmax; `chain` joins several, in the order of the path, which is the one in
 which they compose: heads mix before a key is hidden (a sum with -inf would hide it from all heads, or be no
 number), and keys are ranked after (or the future would take the places of the past). The softmax is float32.
-
-`fused` hands q, k, v and the mask to PyTorch's kernels; `plain` is the specification, in tensors, and serves every
-kind of score. Both take q (B, H, T, D), k and v (B, G, S, D) and give (B, H, T, D).
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Strict, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xtcli import registry
-from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.context import Ctx
 from xtcli.parts.entmax import entmax15
 from xtcli.parts.linear import Draw, widen
 from xtcli.parts.scope import Impossible, Scope
@@ -45,11 +41,13 @@ ScoreSlot = Annotated[Config, Slot("score")]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a score is told of its attention: query heads, persistent keys, whether it reads an encoder's memory."""
+    """What a score is told of its attention: query heads, persistent keys, whether it reads an encoder's memory, and
+    whether its scores, (B, H, T, S) once in a pass, may be carried on."""
 
     heads: int
     memory: int = 0
     cross: bool = False
+    carries: bool = True
 
 
 class Score(nn.Module):
@@ -107,8 +105,8 @@ class Residual(Score):
 
     def __init__(self, config: Config, scope: Scope, sizes: Sizes) -> None:
         super().__init__(config, scope, sizes)
-        if scope.shared is None:
-            raise Impossible("", "there is no attention before this one to carry scores from", "leave residual out")
+        if scope.shared is None or not sizes.carries:
+            raise Impossible("", "this attention has no scores that another could carry on", "leave residual out")
         self.chain, self.layer = scope.shared.link(scope, sizes)
         self.mean = config.mean
 
@@ -305,66 +303,3 @@ class Chain(Score):
         for stage in self.of:
             weights = stage.mixed(weights)  # type: ignore[operator]
         return weights
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropout: float) -> Tensor:
-    """PyTorch's scaled-dot-product attention."""
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=visible.mask,
-        dropout_p=dropout,
-        is_causal=visible.causal,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Visible,
-    scale: float,
-    dropout: float,
-    score: Any,
-    ctx: Ctx | None = None,
-) -> Tensor:
-    """Attention written out; any score."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if score.wide:
-        q, k = widen(q), widen(k)
-    scores = score.raw(q @ k.transpose(-1, -2) * scale, ctx)  # (B, H, T, S)
-    hidden = None
-    if visible.causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    elif visible.mask is not None and visible.mask.dtype == torch.bool:
-        hidden = ~visible.mask
-    elif visible.mask is not None:
-        hidden = visible.mask == float("-inf")
-        scores = scores + visible.mask.masked_fill(hidden, 0.0)
-    weights = score.weights(scores, hidden).to(v.dtype)
-    return score.mixed(F.dropout(weights, dropout, training=dropout > 0)) @ v  # type: ignore[no-any-return]
-
-
-def add_scores(visible: Visible, extra: Tensor) -> Visible:
-    """The mask with scores (B, H, T, S) added to it."""
-    if visible.causal:
-        seen = torch.ones(extra.shape[-2:], dtype=torch.bool, device=extra.device).tril()
-        return Visible(extra.masked_fill(~seen, float("-inf")))
-    if visible.mask is None:
-        return Visible(extra)
-    if visible.mask.dtype == torch.bool:
-        return Visible(extra.masked_fill(~visible.mask, float("-inf")))
-    return Visible(extra + visible.mask)
-
-
-def add_keys(visible: Visible, count: int, q: Tensor) -> Visible:
-    """The mask with `count` keys on the left that every query sees, without a bias; q (B, H, T, D)."""
-    mask = visible.mask
-    if visible.causal:
-        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    return visible if mask is None else Visible(F.pad(mask, (count, 0), value=float(mask.dtype == torch.bool)))

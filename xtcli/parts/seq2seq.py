@@ -91,6 +91,11 @@ class EncoderDecoder(Graph):
         """An empty decoder state for `capacity` target tokens."""
         return self.decoder.new_state(batch, capacity, device or self.device, dtype or self.dtype)
 
+    def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Source and target, both of `length` places."""
+        ids = torch.zeros(rows, length, dtype=torch.long, device=device or self.device)
+        return {"input_ids": ids, "decoder_input_ids": ids}
+
     def encode(
         self,
         input_ids: Tensor | None = None,

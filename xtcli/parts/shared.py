@@ -130,8 +130,28 @@ def _reads_width(config: Config) -> bool:
     return own or any(_reads_width(member) for member in getattr(config, "of", ()))
 
 
+def slid(values: Callable[[Tensor], Tensor], ctx: Ctx, queries: int) -> Tensor:
+    """A bias (B|1, H, T, S) from its values: distances of slots (N,) -> (N, H).
+
+    Behind memory tokens distances are those of places, as in `slot_distance`.
+    """
+    span = ctx.keys.shape[1]
+    if ctx.prefix:
+        steps = slot_distance(ctx, queries).clamp(1 - span, span - 1) + span - 1
+        return values(torch.arange(1 - span, span, device=steps.device))[steps].permute(0, 3, 1, 2)
+    # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
+    row = values(torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device))  # (T + S - 1, H)
+    return row.t().unfold(1, span, 1).flip(1)[None]
+
+
 def slot_distance(ctx: Ctx, queries: int) -> Tensor:
-    """Key slot minus query slot, (T, S) int64."""
+    """Key slot minus query slot, (1, T, S) int64.
+
+    Behind memory tokens it is the distance of places, (B|1, T, S): padding that lies between them and the words of
+    a row, or documents packed before, must not count.
+    """
+    if ctx.prefix:
+        return ctx.keys[:, None, :] - ctx.positions[:, :, None]
     device = ctx.keys.device
     q = torch.arange(ctx.offset, ctx.offset + queries, device=device)
-    return torch.arange(ctx.keys.shape[1], device=device)[None, :] - q[:, None]
+    return (torch.arange(ctx.keys.shape[1], device=device)[None, :] - q[:, None])[None]

@@ -94,13 +94,14 @@ class MarkedLayout(WindowLayout):
             return (place == 0).expand(x.shape[:2])
         assert ctx.ids is not None
         ends = ctx.ids == self.separator
-        if not ends.is_meta and not bool((ends.sum(1) == 3).all()):
+        count = ends.sum(1, keepdim=True)
+        if not ends.is_meta and not bool(((count == 2) | (count == 3)).all()):
             raise ValueError(
-                f"which tokens are global is told by the separator {self.separator}, which stands in every text three "
-                "times; give global_attention_mask where it does not"
+                f"which tokens are global is told by the separator {self.separator}, of which every text has two or "
+                "three: one or two between its parts and one at its end; give global_attention_mask where it has not"
             )
         first = ends.int().argmax(1)[:, None]
-        return place < first if self.usual == "before-separator" else place > first + 1
+        return place < first if self.usual == "before-separator" else place > first + count - 2
 
 
 @part("mixer", "sliding-global")
@@ -113,8 +114,8 @@ class SlidingGlobal(Near):
         """A sliding window and global tokens."""
 
         globals: Globals = field(
-            "global tokens where global_attention_mask is not given: none, the first, those before the first of three "
-            "separators (a question), or behind the second (the choices)",
+            "global tokens where global_attention_mask is not given: none, the first, those before the separators "
+            "between two parts (a question), or behind them (a choice)",
             "none",
         )
         separator: int = field("id of the separator", 2, ge=0, tiny=511)
@@ -132,9 +133,9 @@ class SlidingGlobal(Near):
                 "position", "global tokens see all places alike: attention has no positions here", "set position: none"
             )
         self.more = (config.globals, config.separator)
-        self.seen_words = "and tokens of global_attention_mask see everything and are seen by all"
+        self.sees = "tokens of global_attention_mask see everything and are seen by all"
         if config.globals != "none":
-            self.seen_words += f"; without it, globals is {config.globals}"
+            self.sees += f"; without it those that `globals: {config.globals}` names"
         super().look(config, scope, bias)
 
     def lay_out(self, *sizes: Any) -> nn.Module:

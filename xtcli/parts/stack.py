@@ -135,8 +135,9 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, scope: Scope) -> None:
         super().__init__()
         self.names = tuple(config.sublayers)
+        inside = part_of(config.wiring).inside(config.wiring, scope)
         for name, sublayer in config.sublayers.items():
-            self.add_module(name, scope.make(f"sublayers.{name}", sublayer))
+            self.add_module(name, inside.make(f"sublayers.{name}", sublayer))
         self.wiring = scope.make("wiring", config.wiring, self.names)
         if scope.recurrence is not None:
             recurrence.check(self, config, scope)
@@ -173,7 +174,9 @@ class Stack(nn.Module):
     class Config(Layers):
         """Blocks in order, then a norm."""
 
-    def __init__(self, config: Config, scope: Scope) -> None:
+        trace: Literal["inputs", "outputs"] = field("what hidden_states hold of each block", "inputs")
+
+    def __init__(self, config: Layers, scope: Scope) -> None:
         super().__init__()
         self.width = scope.dim
         self.shared = Shared(self.carries)
@@ -184,9 +187,10 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList()
         for number in range(config.depth):
             path, block = config.layer(number)
-            self.blocks.append(self.block(block, inner.at(path, layer=number)))
+            self.blocks.append(self.block(block, inner.at(path, layer=number, layers=config.depth)))
         self.norm = make_norm(scope, "norm", config.norm)
         self.dropout = nn.Dropout(config.dropout)
+        self.trace = getattr(config, "trace", "inputs")
 
     @property
     def run(self) -> Sequence[Block]:
@@ -198,14 +202,17 @@ class Stack(nn.Module):
         return [block.new_state(batch, capacity, device, dtype) for block in self.run]
 
     def forward(self, x: Tensor, ctx: Ctx, trace: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); `trace` collects the input of each block and the final output."""
+        """x (B, T, D) -> (B, T, D); `trace` collects the input (or output) of each block and the final output."""
         run = self.run
         states = ctx.state or [None] * len(run)
         ctx = self.shared.prepare(x, ctx)
         for number, (block, state) in enumerate(zip(run, states, strict=True)):
-            if trace is not None and number % self.every == 0:
-                trace.append(x)
+            noted = trace if number % self.every == 0 else None
+            if noted is not None and self.trace == "inputs":
+                noted.append(x)
             x = block(x, ctx.within(state))
+            if noted is not None and self.trace == "outputs":
+                noted.append(x)
         x = self.dropout(self.norm(x))
         if trace is not None:
             trace.append(x)

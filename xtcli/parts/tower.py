@@ -68,7 +68,8 @@ class Tower(nn.Module):
         slots = capacity + lead + (0 if self.prefix is None else self.prefix.count)
         blocks = self.stack.new_state(batch, slots, device, dtype)  # type: ignore[operator]
         if lead:
-            recurrence.begin(blocks, torch.zeros(batch, lead, self.stack.width, device=device, dtype=dtype))  # type: ignore[arg-type]
+            width: Any = self.stack.width
+            recurrence.begin(blocks, torch.zeros(batch, lead, width, device=device, dtype=dtype))
         return ModelState(
             blocks,
             torch.zeros(batch, lead + capacity, dtype=torch.long, device=device),
@@ -117,7 +118,8 @@ class Tower(nn.Module):
         if self.recurrence is not None:
             width: Any = self.stack.width
             call = recurrence.enter(self.stack, self.recurrence, (batch, width), places, keep, state, old)
-            places, keys, known, lead, blocks, fed = call.places, call.keys, call.known, call.lead, call.blocks, call.fed
+            places, keys, known = call.places, call.keys, call.known
+            lead, blocks, fed = call.lead, call.blocks, call.fed
             if documents is not None and lead:
                 documents = torch.cat((documents[:, :1].expand(-1, lead), documents), 1)
             if memories is not None:

@@ -24,10 +24,9 @@ from xtcli.registry import Config, field, part, part_of
 
 
 @part("position", "tupe")
-class Untied(nn.Module):
+class Untied(positions.Bias):
     """Scores of places with places, one set for the stack."""
 
-    reach = "bias"
     reads_width = True
     share = 2**-0.5
 

@@ -29,7 +29,8 @@ def slide(scores: Tensor, keys: int) -> Tensor:
     """
     queries, distances = scores.shape[-2:]
     rows = F.pad(scores, (1, 0)).flatten(-2)[..., queries:].unflatten(-1, (queries, distances))
-    return rows[..., :keys]
+    found: Tensor = rows[..., :keys]
+    return found
 
 
 class Biases(nn.Module):
@@ -48,7 +49,7 @@ class Biases(nn.Module):
 
 @dataclass(frozen=True)
 class Made:
-    """What all layers share in one call: waves (P, R, D), P = 2 where rows may be read backwards, and perhaps u and v."""
+    """What all layers share in one call: waves (P, R, D), P = 2 where rows may be read backwards; perhaps u and v."""
 
     waves: Tensor
     biases: Biases | None
@@ -92,7 +93,9 @@ class Wave(nn.Module):
 
         clamp: int | None = field("distance beyond which all are alike", None, gt=0, tiny=64)
         shared: bool = field("u and v are the same in all layers", False)
-        mirrored: bool = field("some rows are read backwards: those of `backwards`, or the second half of a batch", False)
+        mirrored: bool = field(
+            "some rows are read backwards: those of `backwards`, or the second half of a batch", False
+        )
         dropout: float | None = field("dropout of the waves; null = model.dropout", None, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope, head_dim: int) -> None:
@@ -135,7 +138,8 @@ class Wave(nn.Module):
     def ways(self, rows: int, ctx: Ctx) -> Tensor:
         """1 for each row that is read backwards, (B,)."""
         if "backwards" in ctx.extras:
-            return ctx.extras["backwards"].long()
+            given: Tensor = ctx.extras["backwards"]
+            return given.long()
         if rows % 2:
             raise ValueError(f"half of a batch is read backwards, and {rows} rows have no half: pass `backwards`")
         return (torch.arange(rows, device=ctx.keys.device) >= rows // 2).long()

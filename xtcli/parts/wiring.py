@@ -1,6 +1,7 @@
 """Wirings: how a block joins its sublayers, norms and the residual stream.
 
     pre              x + s f(norm(x))                  sandwich-norm    x + s norm'(f(norm(x)))
+    pre-wide         the same, x in float32
     post             norm(x + s f(x))                  rezero           x + s alpha f(x), alpha from 0
     parallel         x + sum of s f(norm_f(x))         parallel-shared  x + sum of s f(norm(x))
     normed           norm(x) + s f(norm(x))
@@ -24,6 +25,7 @@ from xtcli import registry
 from xtcli.errors import did_you_mean, refuse
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx, Memory
+from xtcli.parts.linear import widen
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
@@ -58,6 +60,11 @@ class Joining(nn.Module):
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
         self.path = DropPath(config.drop_path)
 
+    @staticmethod
+    def inside(config: Any, scope: Scope) -> Scope:
+        """The scope of the sublayers."""
+        return scope
+
     def weigh(self, name: str, y: Tensor) -> Tensor:
         """What sublayer `name` made, (B, T, D), as it joins the stream."""
         y = self.path(self.dropout(y))
@@ -72,10 +79,15 @@ class Wiring(Joining):
         """Norms, weights and dropout."""
 
         norm: NormSlot = field("norm of each sublayer", norms.INHERIT)
+        norms: dict[str, NormSlot] = field("norms of sublayers that differ, by name", {})
 
     def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
         super().__init__(config, scope, names)
-        self.norm = nn.ModuleDict({name: make_norm(scope, "norm", config.norm) for name in names})
+        for name in config.norms:
+            if name not in names:
+                raise Impossible("norms", f"the block has no sublayer '{name}'", did_you_mean(name, names))
+        kinds = dict.fromkeys(names, config.norm) | config.norms
+        self.norm = nn.ModuleDict({name: make_norm(scope, "norm", kinds[name]) for name in names})
 
 
 class DropPath(nn.Module):
@@ -133,6 +145,18 @@ class PreNorm(Additive, Wiring):
 
     def branch(self, name: str, x: Tensor, sublayer: nn.Module, ctx: Ctx) -> Tensor:
         return self.weigh(name, run(sublayer, x, ctx, self.norm[name]))
+
+
+@part("wiring", "pre-wide")
+class WidePreNorm(PreNorm):
+    """Pre-norm whose stream is in at least float32, whatever the type of the weights."""
+
+    def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
+        x = widen(x)
+        for name, sublayer, own in active(sublayers, ctx):
+            typed = x.to(next(self.norm[name].parameters(), x).dtype)
+            x = x + self.branch(name, typed, sublayer, own)
+        return x
 
 
 @part("wiring", "post")

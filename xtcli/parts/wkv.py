@@ -34,7 +34,8 @@ def chunked(x: Tensor, length: int, fill: float = 0.0) -> Tensor:
     missing = -x.shape[1] % length
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing), value=fill)
-    return x.unflatten(1, (-1, length)).movedim(2, 0).contiguous()
+    pieces: Tensor = x.unflatten(1, (-1, length))
+    return pieces.movedim(2, 0).contiguous()
 
 
 def whole(y: Tensor, tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,8 @@ class Trainer:
 
     def backward(self, batch: Batch) -> dict[str, float]:
         """Gradients of the whole batch, summed over its micro-batches; returns the mean loss of each head."""
-        counts = {head: max(count, 1) for head, count in batch.supervised().items()}
+        wanted = batch.supervised() | self.model.units(batch.inputs)
+        counts = {head: max(count, 1) for head, count in wanted.items()}
         sums: dict[str, torch.Tensor] = {}
         self.carried.begin(self.progress.cursor)
         for rows in batch.split(self.job.plan.micro_batch):
@@ -155,7 +156,7 @@ class Trainer:
             with self.place.amp():
                 hidden = self.model.hidden(**self.carried.join(rows.inputs, len(rows)))
                 self.carried.take(hidden.mems)
-                terms = self.model.terms(hidden, rows.targets)
+                terms = self.model.terms(hidden, rows.targets) | self.model.routed(hidden)
                 loss = torch.stack([term.weight * term.sum / counts[head] for head, term in terms.items()]).sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for head, term in terms.items():
@@ -174,6 +175,7 @@ class Trainer:
         rate = self.tokens / self.seconds if self.seconds else 0.0
         steps = self.tokens / max(plan.tokens, 1)
         line: dict[str, Any] = {"step": progress.step, "loss": self.total(losses)}
+        line |= other_unit(self.model.heads, losses)
         if len(losses) > 1:
             line["losses"] = losses
         line |= {
@@ -230,6 +232,7 @@ class Trainer:
             self.model.train()
         losses = {head: total / max(counts[head], 1) for head, total in sums.items()}
         line: dict[str, Any] = {"step": step, "val_loss": self.total(losses), "val_tokens": sum(counts.values())}
+        line |= other_unit(self.model.heads, losses)
         if len(losses) > 1:
             line["val_losses"] = losses
         if scorer is not None:
@@ -299,6 +302,12 @@ class Trainer:
             f"The weights are those of step {step - 1}; checkpoints are untouched. "
             "Lower train.lr, lengthen train.warmup, or set train.on_non_finite=skip."
         )
+
+
+def other_unit(heads: Any, names: Iterable[str]) -> dict[str, str]:
+    """What the losses of these heads are counted in, for a line of metrics; nothing where it is nats."""
+    found = sorted({heads[name].unit for name in names if name in heads} - {"nats"})
+    return {"unit": " and ".join(found)} if found else {}
 
 
 def _due(step: int, every: int) -> bool:

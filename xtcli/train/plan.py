@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xtcli.data.batch import Batch
+from xtcli.model import count_active
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.recurrence import remembered
@@ -75,6 +76,7 @@ class Plan:
     activations: int
     micro_batch: int
     batch: int
+    active: int = 0
 
     @property
     def peak(self) -> int:
@@ -83,9 +85,7 @@ class Plan:
         return int(whole * (1 + WORKSPACE))
 
 
-def measure(
-    skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cuda", *, carried: bool = False
-) -> Cost:
+def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cuda", *, carried: bool = False) -> Cost:
     """The cost of one forward pass of `batch` through a model on the meta device, as on a device of type `device`.
 
     Padding masks are left out: they change no sizes. Heads that only look at supervised positions are
@@ -172,6 +172,7 @@ def make_plan(
         each * min(micro_batch, rows) + largest,
         min(micro_batch, rows),
         rows,
+        count_active(skeleton),
     )
 
 
@@ -180,6 +181,7 @@ def lines(plan: Plan, checkpoint: int, place: str, free: int) -> Mapping[str, st
     shares = plan.batch // plan.micro_batch + (plan.batch % plan.micro_batch > 0)
     fits = "fits" if plan.peak <= free else "DOES NOT FIT"
     trained = "" if plan.trained == plan.parameters else f" ({plan.trained:,} trained)"
+    trained += f" ({plan.active:,} active for each token)" if plan.active not in (0, plan.parameters) else ""
     return {
         "parameters": f"{plan.parameters:,}{trained}",
         "step": f"{plan.batch} sequences, {plan.tokens:,} tokens, in {shares} x {plan.micro_batch}",

@@ -5,6 +5,7 @@ Both show the same measures, each under its key in the line of metrics:
     loss, val_loss   nats per target      lr          learning rate       tok_s     tokens per second
     grad_norm        before clipping      mfu         share of peak       memory    bytes, peak
     losses           by head              eta         seconds left        best      lowest val_loss so far
+    unit             of the losses, where it is not nats
 
 Nothing runs between calls: no thread, no timer. A reader that goes away (a closed pipe) ends the view,
 not the run.
@@ -145,7 +146,10 @@ class LiveView:
             head.add_column(ratio=1)
             head.add_row(f"step {step:,} of {self.steps:,}", ProgressBar(self.steps, step))
             rows.append(head)
-            rows.extend(Text(line, no_wrap=True) for line in curve(self.losses, width, CURVE_HEIGHT, " nats"))
+            rows.extend(
+                Text(line, no_wrap=True)
+                for line in curve(self.losses, width, CURVE_HEIGHT, f" {unit_of(self.metrics)}")
+            )
             rows.extend(Text(line) for line in _filled(measures(self.metrics).values(), width))
         if self.validated:
             rows.append(Text(self.validated, style="cyan"))
@@ -161,7 +165,7 @@ def measures(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The measures in a line of metrics as text with units, in the order they are shown; what is absent is left out."""
     heads = ", ".join(f"{head} {value:.4f}" for head, value in metrics.get("losses", {}).items())
     formats: dict[str, Callable[[Any], str]] = {
-        "loss": lambda value: f"loss {value:.4f} nats" + (f" ({heads})" if heads else ""),
+        "loss": lambda value: f"loss {value:.4f} {unit_of(metrics)}" + (f" ({heads})" if heads else ""),
         "lr": lambda value: f"lr {value:.2e}",
         "grad_norm": lambda value: f"gradient norm {value:.3f}",
         "tok_s": lambda value: f"{value:,.0f} tok/s",
@@ -175,16 +179,22 @@ def measures(metrics: Mapping[str, Any]) -> dict[str, str]:
 def validation_text(metrics: Mapping[str, Any]) -> str:
     """A validation in words: the loss, and whether it is the best; the scores, or else a readable perplexity."""
     loss = metrics["val_loss"]
-    text = f"validation loss {loss:.4f} nats"
+    unit = unit_of(metrics)
+    text = f"validation loss {loss:.4f} {unit}"
     scores = [f"{words} {100 * metrics[key]:.1f} %" for key, words in SCORES.items() if key in metrics]
     if scores:
         text += f" ({', '.join(scores)})"
-    elif math.isfinite(loss) and loss < 20:
+    elif unit == "nats" and math.isfinite(loss) and loss < 20:
         text += f" (perplexity {math.exp(loss):,.2f})"
     best = metrics.get("best")
     if best is not None:
-        text += ", the best so far" if loss <= best else f", best {best:.4f} nats"
+        text += ", the best so far" if loss <= best else f", best {best:.4f} {unit}"
     return text
+
+
+def unit_of(metrics: Mapping[str, Any]) -> str:
+    """What the losses of a line of metrics are counted in."""
+    return str(metrics.get("unit", "nats"))
 
 
 def duration(seconds: float) -> str:

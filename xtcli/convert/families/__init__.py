@@ -14,9 +14,12 @@ from xtcli.convert.families.gpt2 import GPT2
 from xtcli.convert.families.llama import LLAMA
 from xtcli.convert.families.longformer import LONGFORMER
 from xtcli.convert.families.longt5 import LONGT5
+from xtcli.convert.families.mamba import MAMBA
 from xtcli.convert.families.mixtral import MIXTRAL
+from xtcli.convert.families.mobilebert import MOBILEBERT
 from xtcli.convert.families.reformer import REFORMER
 from xtcli.convert.families.roberta import ROBERTA
+from xtcli.convert.families.rwkv import RWKV
 from xtcli.convert.families.squeezebert import SQUEEZEBERT
 from xtcli.convert.families.switch import SWITCH
 from xtcli.convert.families.t5 import T5
@@ -34,9 +37,12 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     SWITCH,
     BART,
+    MAMBA,
+    RWKV,
     ALBERT,
     FNET,
     SQUEEZEBERT,
+    MOBILEBERT,
     REFORMER,
     ELECTRA,
     TRANSFO_XL,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtcli.convert.families.common import PAD, PROBLEM, activation, labels
+from xtcli.convert.families.common import PROBLEM, activation, labels, pad, token
 from xtcli.convert.family import Drop, Family, Form, Shapes
-from xtcli.convert.options import Custom, Key, Options, table
+from xtcli.convert.options import Key, table
 from xtcli.convert.rules import Rule, Unit, layer, one
 from xtcli.registry import Config
 
@@ -55,18 +55,13 @@ def _stack(side: str, cross: bool) -> dict[str, Any]:
     }
 
 
-def _last(options: Options) -> int | None:
-    """Null means none here, and absence 2."""
-    return options.get("forced_eos_token_id", int, None if "forced_eos_token_id" in options.values else 2)  # type: ignore[no-any-return]
-
-
 def _template(form: Form) -> dict[str, Any]:
     return {
         "vocab": Key("vocab_size", int, 50265),
         "dim": DIM,
         "context": Key("max_position_embeddings", int, 1024),
         "dropout": DROPOUT,
-        "pad": Key("pad_token_id", int, 1, code=PAD.code),
+        "pad": pad(1),
         "norm": {"kind": "layer", "eps": 1e-5},
         "init": {"kind": "normal", "std": Key("init_std", float, 0.02)},
         "heads": form.heads,
@@ -78,7 +73,7 @@ BOTH = {
     "kind": "encoder-decoder",
     "start": Key("decoder_start_token_id", int, 2),
     "first": Key("forced_bos_token_id", int, None),
-    "last": Custom(_last, lambda value, found: found.update(forced_eos_token_id=value)),
+    "last": token("forced_eos_token_id", 2),
     "copies": True,
     "encoder": {"embed": _embed(), "stack": _stack("encoder", cross=False)},
     "decoder": {"embed": _embed(), "stack": _stack("decoder", cross=True)},

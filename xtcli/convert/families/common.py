@@ -90,20 +90,30 @@ def _dropout(options: Options) -> float:
 LABEL_DROPOUT = Custom(_dropout, lambda value, found: found.update(classifier_dropout=value))
 """Dropout before the labels of tokens, of families that have two keys for it and else 0.1."""
 
-
-def pad(usual: int | None) -> Key:
-    """The padding token, `usual` where it is left out; a negative number is none."""
-    code = Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
-    return Key("pad_token_id", int, usual, code=code)
-
-
-PAD = pad(None)
+PAD = Key(
+    "pad_token_id", int, None, code=Code(lambda value: None if value is not None and value < 0 else value, lambda v: v)
+)
 START = Key("decoder_start_token_id", int, None)
 
 
 def given(options: Options, name: str, kind: type, default: Any) -> Any:
     """The value of a key that may be null, which is not the same as leaving it out."""
     return options.get(name, kind, None) if name in options.values else default
+
+
+def token(name: str, usual: int) -> Custom:
+    """The id of a special token, `usual` where it is left out; null, or a number below 0, is none."""
+
+    def load(options: Options) -> int | None:
+        value = given(options, name, int, usual)
+        return None if value is None or value < 0 else int(value)
+
+    return Custom(load, lambda value, found: found.update({name: value}))
+
+
+def pad(usual: int) -> Custom:
+    """The padding token of families that have one where none is named."""
+    return token(PAD.name, usual)
 
 
 def is_lower_triangle(tensor: Tensor, config: Config) -> bool:

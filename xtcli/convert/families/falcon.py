@@ -161,9 +161,7 @@ def _trunk(config: Any) -> Sequence[Rule]:
     return (
         one("word_embeddings.weight", "embed.tokens.weight"),
         *(rule for theirs, ours in names.items() for rule in layer(f"h.{{layer}}.{theirs}", f"{block}.wiring.{ours}")),
-        *fused(
-            "h.{layer}.self_attention.query_key_value", f"{block}.attn", attention.kv_heads or attention.heads
-        ),
+        *fused("h.{layer}.self_attention.query_key_value", f"{block}.attn", attention.kv_heads or attention.heads),
         *layer("h.{layer}.self_attention.dense", f"{block}.attn.o"),
         *layer("h.{layer}.mlp.dense_h_to_4h", f"{block}.ffn.up"),
         *layer("h.{layer}.mlp.dense_4h_to_h", f"{block}.ffn.down"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtcli.convert.families.common import PAD, activation
+from xtcli.convert.families.common import activation, pad
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Custom, Key, Options, Switch
 from xtcli.convert.rules import Rule, Split, Unit, layer, one
@@ -44,7 +44,7 @@ def _template(form: Form) -> dict[str, Any]:
         "vocab": Key("vocab_size", int, 50280),
         "dim": DIM,
         "dropout": 0.0,
-        "pad": Key("pad_token_id", int, 0, code=PAD.code),
+        "pad": pad(0),
         "norm": {"kind": "rms", "eps": Key("layer_norm_epsilon", float, 1e-5)},
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.1), "residual": RESIDUAL},
         "embed": {"kind": "tokens"},

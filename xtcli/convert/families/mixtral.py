@@ -82,8 +82,12 @@ def _template(form: Form) -> dict[str, Any]:
         },
         "heads": form.heads,
         "auxiliary": {
-            "balance": {"weight": Key("router_aux_loss_coef", float, 0.001), "over": "batch", "shown": False}
-            | form.more
+            "balance": {
+                "weight": Key("router_aux_loss_coef", float, 0.001),
+                "over": "batch",
+                "shown": False,
+                **form.more,
+            }
         },
     }
 

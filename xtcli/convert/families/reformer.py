@@ -1,4 +1,4 @@
-"""Reformer: two reversible streams, hashed and chunked attention by layer, axial positions; heads twice as wide as x."""
+"""Reformer: two reversible streams, hashed and chunked attention by layer, axial positions; heads are 2 h wide."""
 
 from __future__ import annotations
 

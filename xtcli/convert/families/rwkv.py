@@ -115,5 +115,6 @@ RWKV = Family(
     ties=_ties,
     prefixes=("rwkv.", ""),
     mixed=("time_decay", "time_first"),
+    rescaled=(".attn.o", ".ffn.v"),
     neutral=frozenset("tie_word_embeddings is_encoder_decoder is_decoder add_cross_attention".split()),
 )

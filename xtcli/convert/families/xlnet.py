@@ -9,7 +9,7 @@ from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activati
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Code, Custom, Key, Options, Switch, table
 from xtcli.convert.rules import TRANSPOSE, Chain, Heads, Rule, Unit, layer, one
-from xtcli.registry import Config
+from xtcli.errors import did_you_mean
 
 DIM = Key("d_model", int, 1024, ("hidden_size",))
 HEADS = Key("n_head", int, 16, ("num_attention_heads",))
@@ -47,6 +47,18 @@ def _head_dim(options: Options) -> int:
 def _same(options: Options) -> bool:
     """It shapes the causal mask alone."""
     return bool(options.get("same_length", bool, False)) and ATTENTION.load(options) == "uni"
+
+
+def _mask(options: Options) -> Any:
+    kinds = {"bi": {"kind": "full"}, "uni": {"kind": "causal"}}
+    stated = ATTENTION.load(options)
+    if stated not in kinds:
+        options.refuse("attn_type", f"is '{stated}'", did_you_mean(stated, kinds))
+    return kinds.get(stated, kinds["bi"])
+
+
+def _write_mask(value: Any, found: dict[str, Any]) -> None:
+    found["attn_type"] = "uni" if value["kind"] == "causal" else "bi"
 
 
 def _template(form: Form) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def _template(form: Form) -> dict[str, Any]:
                         "bias": False,
                         "segments": True,
                         "dropout": DROPOUT,
-                        "mask": Switch(ATTENTION, {"bi": {"kind": "full"}, "uni": {"kind": "causal"}}),
+                        "mask": Custom(_mask, _write_mask),
                         "same_length": Custom(_same, lambda value, found: found.update(same_length=value)),
                     },
                     "ffn": {
