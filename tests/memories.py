@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-ALIASES = {"past_key_values"}
+from xtcli.convert.families.transfo_xl import TRANSFO_XL
 
-
-@contextmanager
-def runnable() -> Iterator[None]:
-    """Within, a reference runs that calls `type_as` with a type by name, which no release of torch takes."""
-
-    def type_as(self: Tensor, other: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-        return self.to(dtype if other is None else other.dtype)
-
-    with patch.object(torch.Tensor, "type_as", type_as):
-        yield
+runnable = TRANSFO_XL.runnable
 
 
 def flat(output: Any) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def test_nothing_is_remembered_across_an_epoch_s_border() -> None:
 @pytest.mark.parametrize(
     ("preset", "change"),
     [
-        ("transfo-xl-wt103", ()),
+        ("transfo-xl-wt103", ("train.context=32",)),
         (
             "gpt2-nano",
             (
@@ -170,7 +170,7 @@ def test_nothing_is_remembered_across_an_epoch_s_border() -> None:
                 "train.context=16",
             ),
         ),
-        ("xlnet-base-cased", ("model.stack.recurrence.length=12", "objective.carry=true")),
+        ("xlnet-base-cased", ("model.stack.recurrence.length=12", "objective.carry=true", "train.context=24")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -14,6 +14,9 @@ from xtcli.config.tiny import tiny
 from xtcli.convert.engine import state_of
 from xtcli.convert.families import by_name
 from xtcli.convert.reading import read
+from xtcli.data.tokenizers import Bytes
+from xtcli.data.train_tokenizer import train
+from xtcli.generate import Options, Sampling, generate
 from xtcli.generate.feed import Feed
 from xtcli.model import construct
 from xtcli.parts import chunked
@@ -292,7 +295,7 @@ def test_feed_forwards_in_pieces() -> None:
         ({**HASHED, "heads": 5}, {}, "do not divide"),
         (HASHED, {"position": "rotary"}, "has no place for 'rotary'"),
         ({"kind": "chunked", "heads": 4}, {"position": "t5"}, "has no place for 't5'"),
-        ({"kind": "chunked", "heads": 4, "score": "residual"}, {}, "no attention before"),
+        ({"kind": "chunked", "heads": 4, "score": "residual"}, {}, "no scores that another could carry on"),
     ],
 )
 def test_what_cannot_be_built_is_refused(mixer: dict[str, Any], more: dict[str, Any], cause: str) -> None:
@@ -334,3 +337,43 @@ def test_slabs_change_nothing(mixer: dict[str, Any], monkeypatch: pytest.MonkeyP
     for slab in (1, 700):
         monkeypatch.setattr(chunked, "SLAB", slab)
         torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+BYTES = train(Bytes.Config(), [])
+MIXED: dict[str, Any] = {
+    "kind": "reversible",
+    "layers": 2,
+    "pattern": ["near", "alike"],
+    "blocks": {
+        "near": {
+            "sublayers": {"attn": {"kind": "chunked", "heads": 4, **CHUNKS}, "ffn": {"kind": "mlp", "hidden": 48}}
+        },
+        "alike": {"sublayers": {"attn": HASHED, "ffn": {"kind": "mlp", "hidden": 48}}},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["chunked", "mixed"])
+def test_a_prompt_among_others_is_continued_as_alone(kind: str) -> None:
+    more: dict[str, Any] = {"vocab": BYTES.vocab, "heads": {"lm": {"tied": False}}}
+    model = make({"kind": "chunked", "heads": 4, **CHUNKS}, **more, **({"stack": MIXED} if kind == "mixed" else {}))
+    options = Options(max_tokens=15, sampling=Sampling(temperature=0))
+    prompts = ["def ", "x", "The quick brown", "abcd"]
+    state = torch.get_rng_state()
+    together = generate(model, BYTES, prompts, options)
+    assert torch.equal(state, torch.get_rng_state())
+    assert bool(together.notes) == (kind == "mixed") and all("reads the whole text" in n for n in together.notes)
+    for prompt, written in zip(prompts, together.written, strict=True):
+        assert generate(model, BYTES, [prompt], options).written[0].tokens == written.tokens
+
+
+def test_masks_among_others_are_filled_as_alone() -> None:
+    tokenizer = train(Bytes.Config(special={"mask": "[MASK]"}), [])
+    model = make({}, causal=False, vocab=tokenizer.vocab, heads={"lm": {"tied": False}}, stack=MIXED)
+    prompts = ["a [MASK] b", "The quick [MASK] fox jumps", "[MASK]"]
+    together = generate(model, tokenizer, prompts).filled
+    for prompt, filled_in in zip(prompts, together, strict=True):
+        (alone,) = generate(model, tokenizer, [prompt]).filled
+        assert alone.text == filled_in.text
+        for one, other in zip(alone.masks[0], filled_in.masks[0], strict=True):
+            assert one.token == other.token and abs(one.probability - other.probability) < 1e-5

@@ -11,6 +11,7 @@ from xtcli.config import library
 from xtcli.config.preset import load_preset
 from xtcli.inspect import modules, units
 from xtcli.model import construct, count, skeleton
+from xtcli.parts.stack import Block
 from xtcli.registry import find
 
 PRESETS = library.names()
@@ -51,7 +52,7 @@ def test_tree_and_components_count_every_parameter_once(name: str) -> None:
     model = skeleton(load_preset(name, tiny=True))
     assert modules.tree(model).total == sum(modules.components(model).values()) == count(model)
     folded = [child for child in _below(modules.tree(model)) if "blocks" in child.name]
-    assert sum(node.times for node in folded) == sum(type(module).__name__ == "Block" for module in model.modules())
+    assert sum(node.times for node in folded) == sum(isinstance(module, Block) for module in model.modules())
 
 
 def _below(node: modules.Node) -> list[modules.Node]:

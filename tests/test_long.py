@@ -201,12 +201,12 @@ def test_few_keys_are_all_pairs_masked(name: str, slab: int, monkeypatch: pytest
     place = model.embed.positions.table.weight[0]
     kept = keep()
     found, wanted = {}, {}
-    for results, make in ((found, None), (wanted, slow)):
+    for results, way in ((found, None), (wanted, slow)):
         x = (given - place).detach().requires_grad_()
-        if make is None:
+        if way is None:
             y = run(model, attn, x, kept)
         else:
-            y = attn.o(make(model, attn, x + place, kept.bool()).transpose(1, 2).flatten(-2))
+            y = attn.o(way(model, attn, x + place, kept.bool()).transpose(1, 2).flatten(-2))
         results["y"] = y * kept[..., None]
         used = {n: p for n, p in model.named_parameters() if n.startswith("stack")}
         grads = torch.autograd.grad((results["y"] ** 2).sum(), [x, *used.values()], allow_unused=True)

@@ -29,7 +29,7 @@ def block(**sublayers: Any) -> dict[str, Any]:
 
 STACKS: dict[str, dict[str, Any]] = {
     "attention": block(attn=ATTENTION, ffn=MLP),
-    "mean": {"join": "mean", **block(attn=ATTENTION, ffn={**MLP, "kind": "glu"})},
+    "concat": {"join": "concat", **block(attn=ATTENTION, ffn={**MLP, "kind": "glu"})},
     "bias": {"position": "t5", **block(attn=ATTENTION, ffn=MLP)},
     "rotary": {"position": "rotary", **block(attn={**ATTENTION, "kv_heads": 2}, ffn=MLP)},
     "macaron": block(pre_ffn=MLP, attn=ATTENTION, ffn=MLP),
@@ -54,7 +54,7 @@ def make(stack: dict[str, Any], causal: bool = True, layers: int = 4, heads: Any
         "memory": 24,
         "embed": {"kind": "tokens", "positions": "learned"},
         "stack": {"kind": "reversible", "layers": layers, **stack},
-        "heads": heads or {"lm": {"tied": stack.get("join") == "mean"}},
+        "heads": heads or {"lm": {"tied": stack.get("join") != "concat"}},
     }
     cls = find("graph", "decoder" if causal else "encoder")
     model = construct(cls.Config.model_validate(config)).to_empty(device="cpu")
@@ -174,7 +174,7 @@ def test_decoding_in_steps_equals_one_pass(name: str) -> None:
 
 
 def test_the_streams_of_every_layer() -> None:
-    model = make(STACKS["attention"]).eval()
+    model = make(STACKS["concat"]).eval()
     inputs = given(model)
     states = model(**inputs, output_hidden_states=True).hidden_states
     assert len(states) == 5 and all(one.shape == (2, LENGTH, 64) for one in states)

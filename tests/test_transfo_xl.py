@@ -157,7 +157,7 @@ FILES = [
 def test_there_and_back(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = reference(name, options)
     source = save(model, tmp_path / "source")
-    there = convert(source, tmp_path / "there")
+    there = convert(source, tmp_path / "there", verify=True)
     assert (there.family, there.architecture, there.bit_exact) == ("transfo-xl", name, True)
     assert convert(tmp_path / "there", tmp_path / "back", to="hf").bit_exact
     for file in ("config.json", "model.safetensors"):

@@ -9,6 +9,7 @@ Names of the trunk are written without the prefix that the forms give it (`trans
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +59,11 @@ class Family:
     and no network uses. aliases: endings of older names and what they are now. fixed: keys that must have one
     of these values where they appear. neutral: keys that do not touch the network. mixed: endings of the names
     that may be float32 where all others are narrower. kernel: the reference's attention that obeys every option.
-    objectives: kind of graph -> objective of its language models, where it is not the usual one. known: what some of
-    the dead tensors hold, where that follows from the config. rescaled: endings of our modules whose weights the
-    reference multiplies while it runs, so that their own outputs are not compared.
+    objectives: kind of graph -> objective of its language models, or head -> its objective, where it is not the usual
+    one. known: what some of the dead tensors hold, where that follows from the config. rescaled: endings of our modules
+    whose weights the reference multiplies while it runs, or whose outputs it lays out otherwise, so that their own
+    outputs are not compared. time_first: the reference's modules work on (T, B, D). runnable: within it the reference
+    runs, where it does not by itself.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Family:
     kernel: str = "eager"
     objectives: Mapping[str, str] = field(default_factory=dict)
     known: Callable[[Config], Mapping[str, Tensor]] = _nothing
+    time_first: bool = False
+    runnable: Callable[[], AbstractContextManager[None]] = nullcontext
     rescaled: tuple[str, ...] = ()
 
 

@@ -26,14 +26,16 @@ _BY_GRAPH = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "span-corrup
 
 def objective(config: Any, names: Sequence[str] | None, own: Mapping[str, str]) -> dict[str, Any]:
     """What such a model is trained on next: the objective of its first head; `names` are those of its labels,
-    `own` the family's objectives."""
+    `own` the family's objectives, by graph or head."""
     usual = own.get(config.kind, _BY_GRAPH[config.kind])
     head = next(iter(config.heads), "lm")
-    kind = usual if head in SPEAKING else _BY_HEAD.get(head, usual)
+    kind = usual if head in SPEAKING else own.get(head) or _BY_HEAD.get(head, usual)
     if kind == "mlm":
         asked = {"next_sentence": "nsp" in config.heads, "sentence_order": "sop" in config.heads}
-        return {"kind": kind} | {name: True for name, value in asked.items() if value}
-    if kind == "classify" and names is not None and len(names) == getattr(config.heads[head], "labels", 0):
+        # A model of all words, whatever its graph is: where it reads both ways its words are masked.
+        own = {"head": "lm"} if head == "lm" else {}
+        return {"kind": kind} | {name: True for name, value in asked.items() if value} | own
+    if kind in ("classify", own.get(head)) and names is not None and len(names) == getattr(config.heads[head], "labels", 0):
         return {"kind": kind, "labels": list(names)}
     return {"kind": kind}
 

@@ -25,6 +25,7 @@ from xtcli.model import construct
 
 TOLERANCE = 1e-4
 ROWS, LENGTH = 2, 17
+TEXTS = ("input_ids", "decoder_input_ids")
 
 Outputs = dict[str, Tensor]
 
@@ -70,7 +71,8 @@ def compare(sides: Sides, place: str) -> dict[str, Any]:
 
     cls = getattr(transformers, sides.plan.form.name)
     pairs = _pairs(sides.plan)
-    inputs = _inputs(sides.plan.config, inspect.signature(cls.forward).parameters)
+    accepted = inspect.signature(cls.forward).parameters
+    inputs = {name: value for name, value in _inputs(sides.plan.config, accepted).items() if name in accepted}
     mine, traced = _run_ours(sides, inputs, pairs)
     expected, reference = _run_theirs(sides, cls, inputs, pairs, place)
     # A classifier may run on every state there and on the picked one here: then its output alone is compared.
@@ -90,8 +92,8 @@ def compare(sides: Sides, place: str) -> dict[str, Any]:
         raise Diverged(Problem(cause, place, remedy="nothing was written; please report it with the config.json"))
     return {
         "transformers": transformers.__version__,
-        "rows": inputs["input_ids"].shape[0],
-        "tokens": inputs["input_ids"].shape[-1],
+        "rows": next(iter(inputs.values())).shape[0],
+        "tokens": next((inputs[name].shape[-1] for name in TEXTS if name in inputs), 0),
         "outputs": len(outputs),
         "modules": len(modules),
         "worst": max((*outputs.values(), *modules.values())),
@@ -146,6 +148,10 @@ def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
         inputs["decoder_input_ids"] = inputs["input_ids"] if end is not None else ids(length)
     elif config.memory is not None and "encoder_hidden_states" in accepted:
         inputs["encoder_hidden_states"] = torch.randn(rows, 5, config.memory, generator=generator)
+    # What is no text, such as an image.
+    for name, blank in construct(config).blank(rows, length, torch.device("cpu")).items():
+        if blank.is_floating_point():
+            inputs[name] = torch.randn(blank.shape, generator=generator)
     return inputs
 
 
@@ -159,6 +165,8 @@ def _run_ours(sides: Sides, inputs: Mapping[str, Tensor], pairs: list[Pair]) -> 
     # Modules run in the order in which they were first called, which is the order to look for a difference in.
     ran = {name: place for place, name in enumerate(calls)}
     whole = [pair for pair in pairs if all(name in calls for name in pair.ours)]
+    # Queries alone may be fewer than the keys and values that one module of theirs makes beside them.
+    whole = [pair for pair in whole if len({calls[name].shape[:-1] for name in pair.ours}) == 1]
     traced = {
         pair: pair.joined([calls[name] for name in pair.ours])
         for pair in sorted(whole, key=lambda pair: max(ran[name] for name in pair.ours))
@@ -186,8 +194,16 @@ def _run_theirs(
     model.tie_weights()
     model = model.float().eval()
     calls: Outputs = {}
-    with torch.no_grad(), _watched(model, calls):
+    with torch.no_grad(), sides.plan.family.runnable(), _watched(model, calls):
         output = model(**inputs)
+    if sides.plan.family.time_first:
+        # The trunk's modules have the places in front, those of a head have the rows.
+        trunk = [pair.theirs for pair in pairs if pair.theirs.startswith(sides.plan.form.prefix or "")]
+        trunk = [name for name in trunk if not sides.plan.is_head(f"{name}.weight")]
+        for name in trunk:
+            made = calls.pop(name, None)
+            if made is not None and made.dim() > 2:
+                calls[name] = made.transpose(0, 1)
     return _tensors(output), {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls}
 
 
@@ -222,7 +238,7 @@ def _tensors(output: Mapping[str, Any]) -> Outputs:
 def _real(name: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """The mask (B, T) of the side that a module or an output belongs to; in a decoder's target nothing is padding."""
     written = "decoder_input_ids" in inputs and not name.startswith("encoder")
-    return None if written else inputs["attention_mask"]
+    return None if written else inputs.get("attention_mask")
 
 
 def _worst(one: Tensor, other: Tensor, real: Tensor | None) -> float:

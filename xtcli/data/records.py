@@ -115,7 +115,7 @@ def read_records(data: DataConfig, columns: Sequence[str], seed: int, paths: Map
             raise refuse("holds no rows", "give a file with rows", place=data.validation, path="data.validation")
         sides = {"train": rows, "validation": held}
         return Records(columns, sides, source.describe(), "a source of their own", tally)
-    sides, how = _split(rows, data.validation, seed)
+    sides, how = split_rows(rows, data.validation, seed)
     return Records(columns, sides, source.describe(), how, tally)
 
 
@@ -126,10 +126,10 @@ def _read(
         source = open_columns(data, columns, key=key)
         return source, list(source.records(tally))
     except UserError as error:
-        raise UserError(*(_named(problem, paths) for problem in error.problems)) from None
+        raise UserError(*(named(problem, paths) for problem in error.problems)) from None
 
 
-def _named(problem: Problem, paths: Mapping[str, str]) -> Problem:
+def named(problem: Problem, paths: Mapping[str, str]) -> Problem:
     """What is said about columns, in the words of labelled data: with the setting that names a missing one."""
     path = next((path for column, path in paths.items() if f"no column {column!r}" in problem.cause), None)
     if path is None:
@@ -138,7 +138,7 @@ def _named(problem: Problem, paths: Mapping[str, str]) -> Problem:
     return replace(problem, remedy=f"{near} set {path} to one of them".strip())
 
 
-def _split(rows: Sequence[Row], share: float, seed: int) -> tuple[dict[str, list[Row]], str]:
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[dict[str, list[Row]], str]:
     if not share:
         return {"train": list(rows), "validation": []}, "none held out"
     count = len(rows)

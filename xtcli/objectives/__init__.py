@@ -6,12 +6,14 @@ needs no torch.
 """
 
 from xtcli.objectives.base import Objective
+from xtcli.objectives.captions import Captions
 from xtcli.objectives.classify import Classify
 from xtcli.objectives.clm import CausalLM
 from xtcli.objectives.denoise import Denoising
 from xtcli.objectives.extract import Extract
 from xtcli.objectives.frames import Frames
 from xtcli.objectives.gaps import GapSentences
+from xtcli.objectives.images import ImageLabels, MaskedPatches
 from xtcli.objectives.mlm import MaskedLM
 from xtcli.objectives.pairs import Pairs
 from xtcli.objectives.permutation import Permutation
@@ -19,13 +21,16 @@ from xtcli.objectives.replacing import ReplacedTokens
 from xtcli.objectives.spans import SpanCorruption
 
 __all__ = [
+    "Captions",
     "CausalLM",
     "Classify",
     "Denoising",
     "Extract",
     "Frames",
     "GapSentences",
+    "ImageLabels",
     "MaskedLM",
+    "MaskedPatches",
     "Objective",
     "Pairs",
     "Permutation",

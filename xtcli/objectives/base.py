@@ -97,7 +97,8 @@ class Documents:
 class Objective(ABC):
     """A way to cut a split into samples; see the module's docstring for what a sample is.
 
-    `streams` names the columns it reads, `textual` says whether what it trains answers prompts with text. `width`
+    `streams` names the columns it reads, `textual` says whether what it trains answers prompts with text, `data` what it
+    reads, text or images. `width`
     caps the padded width of each side; `multiple` = 0 pads to the cap, any other value to the longest row of the
     batch, rounded up to it. `masks` says when masks are made: never (causal: what comes later cannot disturb), when
     a row is padded, or always.
@@ -106,6 +107,7 @@ class Objective(ABC):
     streams: ClassVar[tuple[str, ...]] = ("text",)
     longest_first: ClassVar[bool] = False
     textual: ClassVar[bool] = True
+    data: ClassVar[str] = "text"
 
     class Config(registry.Config):
         """No fields."""

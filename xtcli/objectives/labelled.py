@@ -109,10 +109,11 @@ class Labelled(Objective):
 
     @classmethod
     def facts(cls, model: Any) -> dict[str, Any]:
-        segments = getattr(getattr(model, "embed", None), "segments", None)
+        embed = getattr(model, "embed", None)
+        segments = getattr(embed, "segments", None)
         return {
             "pad": model.config.pad,
-            "segments": getattr(segments, "num_embeddings", 0) > 1,
+            "segments": getattr(segments, "num_embeddings", 0) > 1 or getattr(embed, "segments_pass", False),
             "decoder": hasattr(model, "decoder") and hasattr(model, "encoder"),
         }
 

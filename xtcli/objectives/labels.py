@@ -72,7 +72,7 @@ def item_of(config: Any, number: int, row: Row, labelled: bool = True) -> Item |
     if name is None:
         return None
     choosing = config.of == "choice"
-    target = _place(name, known[1:], row[0]) if choosing else _number(name, config.labels, row[0], columns[-1])
+    target = _place(name, known[1:], row[0]) if choosing else number_of(name, config.labels, row[0], columns[-1])
     return Item(number, known, target=target)
 
 
@@ -95,7 +95,7 @@ def _tagged(config: Any, number: int, row: Row, columns: Sequence[str], labelled
         cause = f"has {count(len(words), 'word')} and {count(len(tags), 'label')}"
         raise refuse(cause, f"column {columns[1]!r} must hold one for each word", place=place)
     names = [name_of(tag, place, columns[1]) for tag in tags]
-    target = [IGNORE if name is None else _number(name, config.labels, place, columns[1]) for name in names]
+    target = [IGNORE if name is None else number_of(name, config.labels, place, columns[1]) for name in names]
     return Item(number, item.texts, item.words, target)
 
 
@@ -158,7 +158,8 @@ def _list(row: Row, at: int, columns: Sequence[str], what: str) -> list[str] | N
     return value
 
 
-def _number(label: str, names: Sequence[str] | None, place: str, column: str) -> int:
+def number_of(label: str, names: Sequence[str] | None, place: str, column: str) -> int:
+    """The number of a label among the names; raises UserError for one that is none of them."""
     if names is None:
         return 0
     if label not in names:

@@ -9,7 +9,7 @@ parts stay, and in half of the pairs they change places: `targets.sop` is 1 ther
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -63,6 +63,7 @@ class MaskedLM(Objective):
             "stream",
         )
         multiple: int = field("padded rows: width is the longest of a batch, rounded up to this many", 64, gt=0)
+        head: Literal["mlm", "lm"] = field("the head that names the hidden tokens", "mlm")
 
         @property
         def supervised(self) -> float:
@@ -147,7 +148,7 @@ class MaskedLM(Objective):
         else:
             tokens, extra = self._block(index)
         inputs, targets = self.masking(tokens, rng)
-        return {"input_ids": inputs, "targets.mlm": targets, "id": np.array(index)} | extra
+        return {"input_ids": inputs, f"targets.{self.config.head}": targets, "id": np.array(index)} | extra
 
     def _framed(self, *parts: Ints) -> Ints:
         """[CLS] part [SEP] part [SEP] ..."""

@@ -7,6 +7,7 @@ length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -52,14 +53,7 @@ class Pairs(Objective):
                 cause = f"{name} is {asked:,}, and the context has {context:,} tokens"
                 raise refuse(cause, f"raise train.context, or lower objective.{name}", path=f"objective.{name}")
         self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
-        end = self.special.get("eos", self.special.get("sep"))
-        if end is None:
-            raise refuse(
-                "a decoder learns where to stop from an eos token, and the tokenizer has none",
-                "set tokenizer.special.eos",
-            )
-        begin = self.special.get("bos", self.special.get("cls"))
-        self.front = [] if begin is None or begin == end else [begin]
+        self.front, end = ending(self.special)
         # A decoder that starts from bos has it already.
         self.target_front = [] if self.front == [self.start] else self.front
         self.end = end
@@ -95,3 +89,15 @@ class Pairs(Objective):
             truncated(self.target.lengths, self.width["decoder_"] - len(self.target_front) - 1, "target"),
             f"{count(self.left_out, 'pair')} with an empty side left out" if self.left_out else "",
         )
+
+
+def ending(special: Mapping[str, int]) -> tuple[list[int], int]:
+    """The ids in front of a text and behind it; raises UserError for a tokenizer that ends none."""
+    end = special.get("eos", special.get("sep"))
+    if end is None:
+        raise refuse(
+            "a decoder learns where to stop from an eos token, and the tokenizer has none",
+            "set tokenizer.special.eos",
+        )
+    begin = special.get("bos", special.get("cls"))
+    return [] if begin is None or begin == end else [begin], end

@@ -207,6 +207,7 @@ class Attention(Heads):
         rule = config.mask
         if rule.kind == "inherit":
             rule = masks.CAUSAL if scope.causal else masks.FULL
+        self.aligned = masks.aligned(rule)
         self.view: int = scope.shared.view(rule, bias, False)
         # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,
         # and those that another layer's scores are carried to.

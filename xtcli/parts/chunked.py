@@ -32,6 +32,8 @@ from xtcli.registry import Config, field, part
 class Chunks(masks.Mask):
     """The chunk of the query and its neighbours, without the circle."""
 
+    aligned = True
+
     class Config(registry.Config):
         """Keys in the query's chunk, `before` chunks in front of it and `after` behind it."""
 

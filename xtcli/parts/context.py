@@ -98,6 +98,7 @@ class Ctx:
     layouts: tuple[Any, ...] = ()  # what attentions over few keys know of the text, one for each distinct layout
     ids: Tensor | None = None  # (B, T) the tokens themselves, where they were given as ids
     placed: bool = False  # whether the caller said the positions
+    mask: Tensor | None = None  # (B, S) the attention mask as it was given, which may say more than real or not
     table: Tensor | None = None  # (V, E) the token table, for tied heads and shared embeddings
     memory: Tensor | None = None  # (B, M, D_m) encoder output
     memory_visible: Visible = field(default_factory=Visible)

@@ -45,6 +45,8 @@ class CountedPlaces(nn.Module):
         if ctx.ids is None:
             return torch.arange(past, past + length, device=device)[None] + self.pad + 1
         real = ctx.ids != self.pad
+        if ctx.state is not None and ctx.keep is not None:
+            real = real & ctx.keep[:, past : past + length]
         number = real.long().cumsum(-1)
         if ctx.documents is not None:
             begins = torch.ones_like(ctx.documents, dtype=torch.bool)

@@ -135,8 +135,8 @@ class Tokens(Embedding):
         """Token, position and segment embeddings."""
 
         positions: AbsoluteSlot = field("absolute positions", NoPlaces.Config())
-        segments: int | Literal["tokens", "scores"] | None = field(
-            "rows of a segment table; 'tokens' reads segment ids from the token table, 'scores' leaves them to attention",
+        segments: int | Literal["tokens", "scores", "unread"] | None = field(
+            "rows of a segment table; 'tokens' reads segment ids from the token table, 'scores' leaves them to mixers",
             None,
         )
         separator: int | None = field(
@@ -168,7 +168,7 @@ class Tokens(Embedding):
         self.positions = summed.make("positions", config.positions)
         self.segments = Table(config.segments, summed.dim) if isinstance(config.segments, int) else None
         self.segments_read_tokens = config.segments == "tokens"
-        self.segments_pass = config.segments == "scores"
+        self.segments_pass = config.segments in ("scores", "unread")
         self.separator = config.separator
         if config.separator is not None:
             self.reads = (QUESTION,)

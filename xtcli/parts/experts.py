@@ -4,7 +4,8 @@
 
 Weights of all experts e are one tensor (E, out, in). Rows come sorted by expert with a count for each, so that an
 expert multiplies its own rows and no others (Gale et al. 2022, arXiv:2211.15841). The product is one operator, which
-compiled code does not look into; behind the last counted row it gives zeros.
+compiled code does not look into; behind the last counted row it gives zeros. (`torch.library.custom_op` would say the
+same in fewer lines, and load the compiler at the first call.)
 """
 
 from __future__ import annotations
@@ -21,10 +22,24 @@ from xtcli.parts.linear import Role
 from xtcli.parts.scope import Scope
 from xtcli.registry import field, part
 
+_LIBRARY = torch.library.Library("xtcli", "DEF")
+_LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor counts) -> Tensor")
+_LIBRARY.define("grouped_outer(Tensor y, Tensor x, Tensor counts) -> Tensor")
+DEVICES = ("cpu", "cuda")
 
-@torch.library.custom_op("xtcli::grouped_linear", mutates_args=())
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows x (N, I), weights (E, O, I), counts (E,) of the rows of each -> (N, O), zeros behind the last one."""
+    return torch.ops.xtcli.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
+
+
+def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """Rows y (N, O) and x (N, I) -> (E, O, I), the sum of outer products over the rows of each."""
+    return torch.ops.xtcli.grouped_outer(y, x, counts)  # type: ignore[no-any-return]
+
+
+@torch.library.impl("xtcli::grouped_linear", DEVICES)
+def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
     for matrix, end in zip(weight, counts.cumsum(0).tolist(), strict=True):
@@ -34,9 +49,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("xtcli::grouped_outer", mutates_args=())
-def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """Rows y (N, O) and x (N, I) -> (E, O, I), the sum of outer products over the rows of each."""
+@torch.library.impl("xtcli::grouped_outer", DEVICES)
+def _outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
     start = 0
     for matrix, end in zip(out, counts.cumsum(0).tolist(), strict=True):
@@ -46,13 +60,13 @@ def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+@torch.library.register_fake("xtcli::grouped_linear")  # type: ignore[untyped-decorator]
+def _linear_shape(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@grouped_outer.register_fake
-def _(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+@torch.library.register_fake("xtcli::grouped_outer")  # type: ignore[untyped-decorator]
+def _outer_shape(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], y.shape[1], x.shape[1])
 
 
@@ -67,7 +81,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     return dx, grouped_outer(dy, x, counts) if needed[1] else None, None
 
 
-grouped_linear.register_autograd(_backward, setup_context=_remember)
+torch.library.register_autograd("xtcli::grouped_linear", _backward, setup_context=_remember)
 
 
 @register_flop_formula(torch.ops.xtcli.grouped_linear)

@@ -23,7 +23,7 @@ from xtcli.parts.heads import Head, Hidden, collect
 from xtcli.parts.init import Initialiser, NormalInit
 from xtcli.parts.norms import LayerNorm, NormSlot
 from xtcli.parts.outputs import Output, Term
-from xtcli.parts.pooled import Pooler, PoolerConfig, refuse_without_pooler
+from xtcli.parts.pooled import Pooler, PoolerConfig, needs_pooler, refuse_without_pooler
 from xtcli.parts.recurrence import given, left, refuse_absolute
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import StackSlot, applied
@@ -120,6 +120,11 @@ class Graph(nn.Module):
         drawn.draw(self, self.config.dim, seed)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether some part of the model knows tokens by their ids."""
+        return self.config.vocab > 1
+
+    @property
     def accepts(self) -> tuple[str, ...]:
         """Inputs beyond the common ones that parts of this model read, by the field's names."""
         return tuple(sorted({name for module in self.modules() for name in getattr(module, "reads", ())}))
@@ -132,11 +137,12 @@ class Graph(nn.Module):
             raise TypeError(f"this architecture has no input {', '.join(unread)}{also}")
 
     def parted(self, extras: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What was given by name, as labels of heads and as inputs of parts."""
+        """What was given by name, as labels of heads and as inputs of parts; some are both."""
         given = {name: value for name, value in extras.items() if value is not None}
         wanted = {name for head in self.heads.values() for name in (head.label, *head.more_labels)}  # type: ignore[misc]
         labels = {name: value for name, value in given.items() if name in wanted}
-        return labels, {name: value for name, value in given.items() if name not in wanted}
+        read = self.accepts if labels else ()
+        return labels, {name: value for name, value in given.items() if name not in wanted or name in read}
 
     @staticmethod
     def members(config: Any) -> dict[str, tuple[registry.Config, str]]:
@@ -213,6 +219,11 @@ class OneStack(Graph, Tower):
             bands=getattr(self.embed, "bands", None),
         )
         self.pooler = None if config.pooler is None else Pooler(config.pooler, above)
+        if config.pooler is not None and config.pooler.width not in (None, above.dim):
+            for name, head in config.heads.items():
+                if needs_pooler(head):
+                    cause = f"is {config.pooler.width}, and the head '{name}' reads vectors of {above.dim}"
+                    above.file(Impossible("pooler.width", cause, "leave it out"))
         self.heads = self.make_heads(above, self.pooler is not None)
         scope.settle()
 

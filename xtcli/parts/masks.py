@@ -27,7 +27,12 @@ MaskSlot = Annotated[Config, Slot("mask")]
 
 
 class Mask:
-    """A rule made from its config: static methods only, since rules hold no parameters."""
+    """A rule made from its config: static methods only, since rules hold no parameters.
+
+    `aligned`: what a query sees depends on the slot it stands in, and not on distances alone.
+    """
+
+    aligned = False
 
     @staticmethod
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -130,6 +135,11 @@ def reach(rule: Any) -> int | None:
     if rule.kind == "any":
         return None if None in bounds else max(bound for bound in bounds if bound is not None)
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def aligned(rule: Config) -> bool:
+    """Whether a rule, or one that it is made of, depends on slots themselves."""
+    return part_of(rule).aligned or any(aligned(one) for one in getattr(rule, "of", ()))
 
 
 def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:

@@ -35,18 +35,22 @@ class PoolerConfig(Config):
 
     act: Activation = field("activation", "tanh")
     dense: bool = field("false: the first state as it is", True)
+    width: int | None = field("width of the dense layer; null = that of the states", None, gt=0, tiny=64)
+    dropout: float = field("dropout of the first state", 0.0, ge=0, lt=1)
 
 
 class Pooler(nn.Module):
-    """(B, T, D) -> (B, D)."""
+    """(B, T, D) -> (B, width)."""
 
     def __init__(self, config: PoolerConfig, scope: Scope) -> None:
         super().__init__()
-        self.dense = Linear(scope.dim, scope.dim, True) if config.dense else None
+        self.dense = Linear(scope.dim, config.width or scope.dim, True) if config.dense else None
         self.act = ACTIVATIONS[config.act]
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        return states[:, 0] if self.dense is None else self.act(self.dense(states[:, 0]))
+        first: Tensor = self.dropout(states[:, 0])
+        return first if self.dense is None else self.act(self.dense(first))
 
 
 def last_real(hidden: Hidden, pad: int | None) -> Tensor:

@@ -77,7 +77,7 @@ class Reversible(Stack):
         """Reversible blocks, whose activations are not kept."""
 
         join: Literal["concat", "mean"] = field(
-            "how the streams leave: end to end (norm and heads are twice as wide) or as their mean", "concat"
+            "how the streams leave: end to end (norm and heads are twice as wide) or as their mean", "mean"
         )
 
     def __init__(self, config: Config, scope: Scope) -> None:

@@ -1,6 +1,7 @@
 """The encoder-decoder graph: a decoder that reads what an encoder made of another text.
 
-Both sides embed from one token table unless `share_tokens` is false. Labels are aligned with the
+Both sides embed from one token table unless `share_tokens` is false; then each may have a width of its own, and the
+encoder may read something else than text, images for instance. Labels are aligned with the
 decoder's inputs, which are the labels moved one place to the right behind the start token.
 """
 
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli.parts import norms
 from xtcli.parts.auxiliary import Side
 from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import EmbedSlot, Graph
 from xtcli.parts.heads import Hidden
-from xtcli.parts.linear import Table
+from xtcli.parts.linear import Linear, Table
+from xtcli.parts.norms import NormSlot
 from xtcli.parts.outputs import IGNORE, Output
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import StackSlot
@@ -28,12 +31,23 @@ from xtcli.registry import Config, field, part
 class TowerConfig(Config):
     """One side: an embedding and a stack."""
 
+    dim: int | None = field("width of its residual stream; null = model.dim", None, gt=0, tiny=64)
+    dropout: float | None = field("default of every dropout on this side; null = model.dropout", None, ge=0, lt=1)
+    norm: NormSlot = field("default of every norm on this side", norms.INHERIT)
     embed: EmbedSlot = field("what enters", Tokens.Config())
     stack: StackSlot = field("the blocks")
     memory_tokens: int | None = field("learned tokens in front of the text, through all layers", None, gt=0, tiny=4)
 
 
 def _tower(config: TowerConfig, scope: Scope, shares: bool) -> Tower:
+    if shares and config.dim not in (None, scope.dim):
+        scope.file(Impossible("dim", f"is {config.dim}, the shared token table's rows are {scope.dim}", "leave it out"))
+    scope = scope.at(
+        "",
+        dim=config.dim or scope.dim,
+        dropout=scope.dropout if config.dropout is None else config.dropout,
+        norm=scope.norm if config.norm.kind == "inherit" else config.norm,
+    )
     if getattr(config.stack, "recurrence", None) is not None:
         cause = "an encoder-decoder maps one whole text to another and carries nothing on to the next"
         scope.file(Impossible("stack.recurrence", cause, "leave it out, or use a decoder"))
@@ -56,6 +70,7 @@ class EncoderDecoder(Graph):
         encoder: TowerConfig = field("reads the source")
         decoder: TowerConfig = field("writes the target")
         share_tokens: bool = field("one token table for both sides", True)
+        bridge: bool = field("a linear layer takes the encoder's states to the decoder's width", False)
         copies: bool = field("a call with neither decoder inputs nor labels decodes the source", False)
         first: int | None = field("id that every written text begins with, behind start", None, ge=0, tiny=511)
         last: int | None = field("id that ends a text which would go on beyond its limit", None, ge=0, tiny=511)
@@ -66,11 +81,13 @@ class EncoderDecoder(Graph):
         self.tokens = Table(config.vocab, config.dim) if config.share_tokens else None
         shares = config.share_tokens
         self.encoder = _tower(config.encoder, scope.at("encoder", causal=False), shares)
-        memory = getattr(self.encoder.stack, "width", config.dim)
-        inner = scope.at("decoder", causal=True, memory=memory)
+        memory = getattr(self.encoder.stack, "width", config.encoder.dim or config.dim)
+        written = config.decoder.dim or config.dim
+        self.bridge = Linear(memory, written, True) if config.bridge else None
+        inner = scope.at("decoder", causal=True, memory=written if config.bridge else memory)
         self.decoder = _tower(config.decoder, inner, shares)
-        width = getattr(self.decoder.stack, "width", config.dim)
-        table = config.dim if shares else table_width(self.decoder.embed, scope)
+        width = getattr(self.decoder.stack, "width", written)
+        table = config.dim if shares else table_width(self.decoder.embed, scope.at("", dim=written))
         self.heads = self.make_heads(scope.at("", dim=width, table=table), pooled=False)
         scope.settle()
 
@@ -92,9 +109,10 @@ class EncoderDecoder(Graph):
         return self.decoder.new_state(batch, capacity, device or self.device, dtype or self.dtype)
 
     def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:
-        """Source and target, both of `length` places."""
-        ids = torch.zeros(rows, length, dtype=torch.long, device=device or self.device)
-        return {"input_ids": ids, "decoder_input_ids": ids}
+        """Source and target, both of `length` places where they are texts."""
+        at = device or self.device
+        source: dict[str, Tensor] = self.encoder.embed.blank(rows, length, at, self.dtype)  # type: ignore[operator]
+        return source | {"decoder_input_ids": torch.zeros(rows, length, dtype=torch.long, device=at)}
 
     def encode(
         self,
@@ -105,7 +123,7 @@ class EncoderDecoder(Graph):
         extras: Mapping[str, Tensor] | None = None,
         ledger: Ledger | None = None,
     ) -> Tensor:
-        """Source ids (B, S) -> memory (B, S, D)."""
+        """Source ids (B, S), or other inputs of the encoder in `extras` -> memory (B, S, D)."""
         states, _ = self.encoder(
             input_ids,
             inputs_embeds,
@@ -135,6 +153,8 @@ class EncoderDecoder(Graph):
         `source` are the ids (B, S) that the memory was made of, for the heads that read the state at their end.
         """
         ledger = ledger or Ledger()
+        if self.bridge is not None:
+            memory = self.bridge(memory)
         states, keep = self.decoder(
             decoder_input_ids,
             decoder_inputs_embeds,
@@ -153,8 +173,8 @@ class EncoderDecoder(Graph):
 
     def hidden(  # type: ignore[override]
         self,
-        input_ids: Tensor,
-        decoder_input_ids: Tensor,
+        input_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         **extras: Tensor,

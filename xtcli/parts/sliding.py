@@ -4,7 +4,7 @@
     global query   softmax over the whole text with q_global, k_global, v_global, in place of that
 
 Which tokens are global is data: the input `global_attention_mask` (B, T), 1 for global. Without it the field
-`globals` decides. Padding is never global, and its own output is nothing but the output's bias. Cost is linear in
+`globals` decides. An attention mask of 2 makes a token global as well. Padding is never global, and its own output is nothing but the output's bias. Cost is linear in
 the length for a fixed number of global tokens (bands.py).
 
 Axes as in bands.py; E global tokens of a row, filled up to the largest number in the batch.
@@ -62,6 +62,8 @@ class MarkedLayout(WindowLayout):
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band, Marked | None]:  # type: ignore[override]
         """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
         found = self.find(x, ctx)
+        if ctx.mask is not None and (ctx.mask.is_meta or bool((ctx.mask > 1).any())):
+            found = ctx.mask > 1 if found is None else found | (ctx.mask > 1)
         count = 0
         if found is not None:
             found = found if ctx.keep is None else found & ctx.keep

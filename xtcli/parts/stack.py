@@ -22,13 +22,8 @@ from xtcli.parts.positions import PositionSlot
 from xtcli.parts.recurrence import Recurrence
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.shared import Shared
-from xtcli.parts.wiring import PreNorm, WiringSlot
+from xtcli.parts.wiring import PreNorm, SublayerName, WiringSlot
 from xtcli.registry import Config, Slot, field, part, part_of
-
-SublayerName = Literal[
-    "pre_ffn", "attn", "attn_2", "cross", "cross_2", "mixer", "mixer_2", "conv",
-    "ffn", "ffn_2", "ffn_3", "ffn_4", "ffn_5", "ffn_6", "ffn_7", "ffn_8",
-]  # fmt: skip
 
 
 class BlockConfig(Config):
@@ -54,6 +49,7 @@ class Layers(Config):
     pattern: Annotated[tuple[str, ...], Strict(False)] | None = field(
         "names of `blocks`, repeated over the layers", None
     )
+    lead: int = field("names at the start of `pattern` that stand once and are not repeated", 0, ge=0)
     order: OrderSlot = field("which sublayers stand in which layer", GIVEN)
     position: PositionSlot = field("position that the attentions inherit", positions.NONE)
     norm: NormSlot = field("norm after the last block", norms.INHERIT)
@@ -68,6 +64,8 @@ class Layers(Config):
             )
         if (self.blocks is None) != (self.pattern is None):
             raise PydanticCustomError("stack_pattern", "'blocks' and 'pattern' belong together")
+        if self.lead and self.lead >= len(self.pattern or ()):
+            raise PydanticCustomError("stack_pattern", "'lead' leaves no name of pattern to repeat")
         for name in self.pattern or ():
             if name not in (self.blocks or {}):
                 raise PydanticCustomError(
@@ -123,7 +121,8 @@ class Layers(Config):
             single = self.singles[number]
             return "block", self.block if single is None else self.block.only(single)  # type: ignore[arg-type]
         assert self.blocks is not None and self.pattern is not None
-        name = self.pattern[number % len(self.pattern)]
+        turn = number if number < self.lead else self.lead + (number - self.lead) % (len(self.pattern) - self.lead)
+        name = self.pattern[turn]
         return f"blocks.{name}", self.blocks[name]
 
 
@@ -174,7 +173,10 @@ class Stack(nn.Module):
     class Config(Layers):
         """Blocks in order, then a norm."""
 
-        trace: Literal["inputs", "outputs"] = field("what hidden_states hold of each block", "inputs")
+        trace: Literal["inputs", "outputs", "unnormed"] = field(
+            "what hidden_states hold of each block; unnormed: inputs, and what the last block puts out before the norm",
+            "inputs",
+        )
 
     def __init__(self, config: Layers, scope: Scope) -> None:
         super().__init__()
@@ -208,14 +210,15 @@ class Stack(nn.Module):
         ctx = self.shared.prepare(x, ctx)
         for number, (block, state) in enumerate(zip(run, states, strict=True)):
             noted = trace if number % self.every == 0 else None
-            if noted is not None and self.trace == "inputs":
+            if noted is not None and self.trace != "outputs":
                 noted.append(x)
             x = block(x, ctx.within(state))
             if noted is not None and self.trace == "outputs":
                 noted.append(x)
+        last = x
         x = self.dropout(self.norm(x))
         if trace is not None:
-            trace.append(x)
+            trace.append(last if self.trace == "unnormed" else x)
         return x
 
 

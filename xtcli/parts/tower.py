@@ -148,6 +148,7 @@ class Tower(nn.Module):
             ledger=ledger or Ledger(),
             ids=ids,
             placed=placed,
+            mask=mask,
             segments=segments,
             fed=fed,
         )

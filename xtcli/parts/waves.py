@@ -121,7 +121,8 @@ class Wave(nn.Module):
 
     def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d) -> (B, H, T, S), already scaled."""
-        return (self.content(k, ctx) + self.places(q, k.shape[2], ctx)) * self.factor
+        both: Tensor = (self.content(k, ctx) + self.places(q, k.shape[2], ctx)) * self.factor
+        return both
 
     def content(self, k: Tensor, ctx: Ctx) -> Tensor:
         """(B, H, 1, S): u k."""

@@ -32,6 +32,11 @@ from xtcli.registry import Config, Slot, field, part
 
 WiringSlot = Annotated[Config, Slot("wiring")]
 
+SublayerName = Literal[
+    "pre_ffn", "attn", "attn_2", "cross", "cross_2", "mixer", "mixer_2", "conv",
+    "ffn", "ffn_2", "ffn_3", "ffn_4", "ffn_5", "ffn_6", "ffn_7", "ffn_8",
+]  # fmt: skip
+
 
 class Joining(nn.Module):
     """What every wiring does to a sublayer's output before it joins the stream: dropout, drop path, scale.
@@ -46,7 +51,9 @@ class Joining(nn.Module):
     class Config(registry.Config):
         """Weights and dropout of what sublayers add."""
 
-        scale: float | dict[str, float] = field("multiplies what sublayers add; one number, or one by name", 1.0)
+        scale: float | dict[SublayerName, float] = field(
+            "multiplies what sublayers add; one number, or one by name", 1.0
+        )
         dropout: float | None = field("dropout on what a sublayer adds; null = model.dropout", None, ge=0, lt=1)
         drop_path: float = field("chance in training that a row goes past a sublayer", 0.0, ge=0, lt=1)
 

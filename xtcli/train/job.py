@@ -85,7 +85,7 @@ def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path |
     resolved = _adapted(resolved, model, fit, talk)
     preset = resolved.preset
     config = preset.train
-    _vocab_fits(tokenizer, resolved)
+    _vocab_fits(tokenizer, model, resolved)
     context = _context(resolved, model)
     options: dict[str, Any] = {"context": context, "seed": config.seed, "start": _start(model, tokenizer)}
     options |= kind.facts(model)
@@ -157,9 +157,9 @@ def _heads_fit(batch: Batch, model: Graph, resolved: Resolved) -> None:
         )
 
 
-def _vocab_fits(tokenizer: Any, resolved: Resolved) -> None:
+def _vocab_fits(tokenizer: Any, model: Graph, resolved: Resolved) -> None:
     vocab = resolved.preset.model.vocab  # type: ignore[attr-defined]
-    if tokenizer.vocab > vocab:
+    if model.reads_text and tokenizer.vocab > vocab:
         raise refuse(
             f"the tokenizer has {tokenizer.vocab:,} ids, the model {vocab:,} rows",
             f"set model.vocab={tokenizer.vocab} or a smaller tokenizer.vocab",

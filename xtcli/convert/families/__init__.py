@@ -7,6 +7,7 @@ from xtcli.convert.families.bart import BART
 from xtcli.convert.families.bert import BERT
 from xtcli.convert.families.big_bird import BIG_BIRD
 from xtcli.convert.families.bloom import BLOOM
+from xtcli.convert.families.deberta import DEBERTA, DEBERTA_V2
 from xtcli.convert.families.electra import ELECTRA
 from xtcli.convert.families.falcon import FALCON
 from xtcli.convert.families.fnet import FNET
@@ -24,6 +25,8 @@ from xtcli.convert.families.squeezebert import SQUEEZEBERT
 from xtcli.convert.families.switch import SWITCH
 from xtcli.convert.families.t5 import T5
 from xtcli.convert.families.transfo_xl import TRANSFO_XL
+from xtcli.convert.families.vision import VISION
+from xtcli.convert.families.vit import VIT
 from xtcli.convert.families.xlnet import XLNET
 from xtcli.convert.family import Family
 
@@ -43,6 +46,8 @@ FAMILIES: tuple[Family, ...] = (
     FNET,
     SQUEEZEBERT,
     MOBILEBERT,
+    DEBERTA,
+    DEBERTA_V2,
     REFORMER,
     ELECTRA,
     TRANSFO_XL,
@@ -51,6 +56,8 @@ FAMILIES: tuple[Family, ...] = (
     LONGFORMER,
     BIG_BIRD,
     LONGT5,
+    VIT,
+    VISION,
 )
 
 

@@ -90,6 +90,7 @@ def _stack(options: Options) -> dict[str, Any]:
     stack = {
         "kind": "reversible",
         "layers": len(names),
+        "join": "concat",
         "blocks": {name: _block(name) for name in sorted(set(names))},
         "dropout": DROPOUT,
     }

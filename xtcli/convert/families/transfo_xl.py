@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -162,6 +164,17 @@ def _known(config: Any) -> Mapping[str, Tensor]:
     return {FREQUENCIES: 1 / (10000 ** (torch.arange(0.0, config.dim, 2.0) / config.dim))}
 
 
+@contextmanager
+def _runnable() -> Iterator[None]:
+    """The reference asks a tensor for a type by name where torch takes another tensor: within, both are heard."""
+
+    def type_as(self: Tensor, other: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        return self.to(dtype if other is None else other.dtype)
+
+    with patch.object(torch.Tensor, "type_as", type_as):
+        yield
+
+
 TRANSFO_XL = Family(
     name="transfo-xl",
     types=("transfo-xl",),
@@ -179,6 +192,8 @@ TRANSFO_XL = Family(
     ties=_ties,
     dead=_dead,
     known=_known,
+    time_first=True,
+    runnable=_runnable,
     prefixes=("transformer.", ""),
     fixed={"attn_type": (0,), "sample_softmax": (-1, 0), "is_encoder_decoder": (False,), "is_decoder": (False,)},
     neutral=frozenset(

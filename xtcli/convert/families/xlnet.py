@@ -246,4 +246,5 @@ XLNET = Family(
         """.split()
     ),
     objectives={"encoder": "permutation"},
+    time_first=True,
 )
