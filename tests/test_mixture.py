@@ -29,7 +29,7 @@ TIGHT = {"kind": "capacity", "capacity": 2, "bias": True}
 ROUTERS = {"top-2": TOP_2, "all": ALL, "roomy": ROOMY, "tight": TIGHT}
 
 
-def build(router: dict[str, Any], expert: dict[str, Any] | None = None, **changes: Any) -> Graph:
+def build(router: dict[str, Any], expert: dict[str, Any] | None = None, kind: str = "blocks", **changes: Any) -> Graph:
     """A small decoder with experts, its weights random."""
     ffn = {"kind": "moe", "experts": EXPERTS, "router": router, "expert": expert or {"kind": "glu", "hidden": 12}}
     config = {
@@ -37,6 +37,7 @@ def build(router: dict[str, Any], expert: dict[str, Any] | None = None, **change
         "dim": DIM,
         "norm": "rms",
         "stack": {
+            "kind": kind,
             "layers": 2,
             "position": "rotary",
             "block": {"sublayers": {"attn": {"kind": "attention", "heads": 2}, "ffn": ffn}},
@@ -142,6 +143,20 @@ def test_room_runs_out_in_steps_as_in_one_pass(chunks: tuple[int, ...]) -> None:
     torch.testing.assert_close(stepped, whole, atol=2e-5, rtol=1e-5)
     roomy = build({"kind": "capacity", "capacity": 64}).eval()
     assert not torch.allclose(roomy(input_ids=ids).logits, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_reversible_stack_routes_again_as_it_did(router: str) -> None:
+    ids = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(6))
+    found = []
+    for keeps in (True, False):
+        model = build(ROUTERS[router], kind="reversible", auxiliary={"balance": {"weight": 1.0}}).double()
+        model.stack.keeps = keeps  # type: ignore[attr-defined]
+        terms = model.losses({"input_ids": ids}, {"lm": ids})
+        sum(term.weight * term.mean() for term in terms.values()).backward()  # type: ignore[union-attr]
+        found.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_jitter_moves_routes_in_training_alone() -> None:

@@ -67,6 +67,10 @@ ELSEWHERE = {"graph", "head", "objective", "tokenizer", "auxiliary"}
 """Slots with tables of their own, below or in other files."""
 
 
+OWN_MIXERS = {"two-stream": "two-stream"}
+"""Kinds of stacks whose attentions must be of a kind of their own."""
+
+
 def put(config: dict[str, Any], path: tuple[str, ...], node: Any) -> dict[str, Any]:
     config = copy.deepcopy(config)
     at = config
@@ -96,6 +100,8 @@ def cases() -> list[Any]:
                     mixture = find("ffn", "moe").Config
                     config = put(config, PLACES["ffn"], {"kind": "moe", **example(mixture)})
                 whole = {**config["stack"], **node} if slot == "stack" else node
+                if slot == "stack" and kind in OWN_MIXERS:
+                    whole = put(whole, ("block", "sublayers", "attn"), {"kind": OWN_MIXERS[kind], "heads": 4})
                 found.append(pytest.param(causal, put(config, path, whole), id=f"{slot}-{kind}-{causal}"))
     extras = {
         "gqa": (("stack", "block", "sublayers", "attn", "kv_heads"), 2),
@@ -215,6 +221,8 @@ def test_gradient_reaches_every_parameter(causal: bool, config: dict[str, Any]) 
         given["token_type_ids"] = given["input_ids"] % 2
     if "global_attention_mask" in model.accepts:
         given["global_attention_mask"] = given["input_ids"] % 5 == 0
+    if "target_mapping" in model.accepts:
+        given["target_mapping"] = torch.eye(LENGTH).expand(2, LENGTH, LENGTH)
     head = next(iter(model.heads))
     terms = model.losses(given, {head: given["input_ids"].roll(-1, 1)})
     terms[head].mean().backward()

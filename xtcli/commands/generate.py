@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xtcli.commands.given import again, given, unused
 from xtcli.commands.options import Json, next_command
 from xtcli.commands.texts import prompts_of, second_text
 from xtcli.errors import did_you_mean, refuse
@@ -29,6 +30,9 @@ TASKS = {
     "fill": "fills masks",
     "label": "labels the prompt, or answers from its context",
 }
+SEEING = {"map": "describes images", "label": "labels images"}
+READ = {"ckpt", "prompt", "prompt_file", "image", "fill_top", "tokenizer", "device", "dtype", "as_json"}
+"""Parameters that are read whatever the task."""
 LENS = 4
 """Alternatives that --lens shows for each token."""
 
@@ -46,6 +50,10 @@ def command(
             "standard input is read in the same way.",
             show_default=False,
         ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image to label or describe, in the place of a prompt; may be repeated.", show_default=False),
     ] = None,
     context: Annotated[
         str | None,
@@ -112,7 +120,7 @@ def command(
 
     Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Models with heads for
     labels print those with their probabilities, or the answer that they find in --context; their prompts may also be
-    JSON lines with the columns of the training data. Standard output is the text alone; device, seed and speed go to
+    JSON lines with the columns of the training data. Models that read images label or describe --image. Standard output is the text alone; device, seed and speed go to
     standard error.
     """
     from xtcli.generate.options import Options
@@ -137,8 +145,17 @@ def command(
         lens=LENS if lens else 0,
         past_context=past_context,
     )
+    if image:
+        generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
+        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--context", context)):
+            if value:
+                raise refuse("has no place beside --image", "leave one of them out", place=name)
+        generation.see([str(file) for file in image], wanted, (drawn, greedy), stream, as_json)
+        return
     prompts = prompts_of(prompt or [], prompt_file or [])
     generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
+    if generation.sees:
+        raise refuse("the model reads images", "give one with --image FILE", place="--prompt")
     if generation.looks_through(prompts):
         if context is not None:
             raise refuse("is for models that read two texts", "leave it out", place="--context")
@@ -162,24 +179,51 @@ class _Generation:
         from xtcli.config.preset import load_preset
         from xtcli.generate.engine import task_of
         from xtcli.generate.label import labels_texts
+        from xtcli.generate.pictures import sees
 
         self.ctx = ctx
         place = _device(device)
         self.folder = model.find_checkpoint(ckpt)
-        self.tokenizer = _tokenizer(self.folder, tokenizer)
         self.model = model.load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
+        self.tokenizer: Any = _tokenizer(self.folder, tokenizer) if self.model.reads_text else None
         self.preset = load_preset(self.folder / RECORDED).preset
+        self.sees = sees(self.model)
         self.task = "label" if labels_texts(self.model, self.preset) else task_of(self.model)
         kind = next((name for name, dtype in DTYPES.items() if str(self.model.dtype) == f"torch.{dtype}"), "mixed")
         self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         where = "mps" if place.type == "mps" else f"{place} ({name})"
-        talk(f"{self.folder}: {model.count(self.model):,} parameters, {kind}, on {where}; {TASKS[self.task]}")
+        talk(f"{self.folder}: {model.count(self.model):,} parameters, {kind}, on {where}; {self.does()}")
+
+    def does(self) -> str:
+        """What the model does, in words."""
+        return (SEEING if self.sees else TASKS)[self.task]
+
+    def see(
+        self, files: list[str], options: Options, choices: tuple[Any, Any], stream: bool | None, as_json: bool
+    ) -> None:
+        """Label or describe images, print, and say what is useful next."""
+        from xtcli.generate.pictures import label_images, read, reader_of
+
+        if not self.sees:
+            raise refuse("is for models that read images", f"this one {self.does()}", place="--image")
+        reader = reader_of(self.model, self.preset)
+        if self.task == "label":
+            names = getattr(self.preset.objective, "labels", None)
+            self.say(label_images(self.model, reader, names, files), options.fill_top, as_json)
+        else:
+            self.run(files, options, choices, stream, as_json, read(reader, files))
 
     def run(
-        self, prompts: list[str], options: Options, choices: tuple[Any, Any], stream: bool | None, as_json: bool
+        self,
+        prompts: list[str],
+        options: Options,
+        choices: tuple[Any, Any],
+        stream: bool | None,
+        as_json: bool,
+        images: torch.Tensor | None = None,
     ) -> None:
-        """Generate, print, and say what is useful next."""
+        """Generate, print, and say what is useful next; `images` are what the prompts name."""
         from dataclasses import replace
 
         import torch
@@ -201,7 +245,7 @@ class _Generation:
         rows = len(prompts) * options.samples
         stage = show.Stage(rows, lambda row: self._head(prompts, options.samples, row), sys.stdout)
         try:
-            answer = generate(self.model, self.tokenizer, prompts, options, stage.hear if live else None)
+            answer = generate(self.model, self.tokenizer, prompts, options, stage.hear if live else None, images)
         except torch.OutOfMemoryError:
             remedy = "give fewer prompts or samples, a smaller --max-tokens or a shorter --dtype"
             raise refuse(f"{self.facts['device']} has too little memory for {rows} texts", remedy) from None
@@ -245,11 +289,11 @@ class _Generation:
         else:
             for line in said.lines(answer, top):
                 print(line)
-        if unused := _unused(self.ctx, {"context", *READ}):
-            talk(f"labelling makes no use of {', '.join(unused)}")
+        if idle := unused(self.ctx, {"context", *READ}):
+            talk(f"labelling makes no use of {', '.join(idle)}")
         for note in said.notes(answer):
             talk(note)
-        next_command(f"xt inspect {shlex.quote(str(self.folder))}" if as_json else f"{_again(self.ctx)} --json")
+        next_command(f"xt inspect {shlex.quote(str(self.folder))}" if as_json else f"{again(self.ctx)} --json")
 
     def _head(self, prompts: list[str], samples: int, row: int) -> None:
         """Before a text: which it is, where there are several; on a terminal the prompt that it goes on from."""
@@ -265,8 +309,8 @@ class _Generation:
     def _report(self, answer: Answer, options: Options, prompts: list[str]) -> None:
         from xtcli.generate import show
 
-        if answer.task == "fill" and (unused := _unused(self.ctx, {"past_context", *READ})):
-            talk(f"filling masks makes no use of {', '.join(unused)}")
+        if answer.task == "fill" and (idle := unused(self.ctx, {"past_context", *READ})):
+            talk(f"filling masks makes no use of {', '.join(idle)}")
         for note in (*answer.notes, *show.ends(answer)):
             talk(note)
         timing = answer.timing
@@ -274,10 +318,10 @@ class _Generation:
         if timing.decode_tokens:
             said.append(_speed("decode", timing.decode_tokens, timing.decode_seconds))
         talk("; ".join(said))
-        if answer.seed is not None and "seed" not in _given(self.ctx):
-            next_command(f"{_again(self.ctx)} --seed {answer.seed}")
+        if answer.seed is not None and "seed" not in given(self.ctx):
+            next_command(f"{again(self.ctx)} --seed {answer.seed}")
         elif answer.task != "fill" and options.beams == 1 and not options.lens:
-            next_command(f"{_again(self.ctx)} --lens")
+            next_command(f"{again(self.ctx)} --lens")
         else:
             next_command(f"xt inspect {shlex.quote(str(self.folder))}")
 
@@ -317,34 +361,3 @@ def _tokenizer(folder: Path, other: Path | None) -> Tokenizer:
     if other is None and not (folder / "tokenizer.json").exists():
         raise refuse("has weights but no tokenizer", "name one with --tokenizer, or train the model", place=str(folder))
     return Tokenizer.load(folder if other is None else other)
-
-
-def _given(ctx: typer.Context) -> list[str]:
-    """Names of the parameters that the user wrote."""
-    sources = {param.name: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
-    return [name for name, source in sources.items() if name and source is not None and source.name == "COMMANDLINE"]
-
-
-READ = {"ckpt", "prompt", "prompt_file", "fill_top", "tokenizer", "device", "dtype", "as_json"}
-"""Parameters that are read whatever the task."""
-
-
-def _unused(ctx: typer.Context, read: set[str]) -> list[str]:
-    """Options that the user wrote and that a task does not read."""
-    return ["--" + name.replace("_", "-") for name in _given(ctx) if name not in read]
-
-
-def _again(ctx: typer.Context) -> str:
-    """The command as it was given; prompts of several lines are left to the user."""
-    words = ["xt generate"]
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        if param.name not in _given(ctx) or param.name == "as_json":
-            continue
-        if isinstance(value, bool):
-            words.append(param.opts[0] if value else param.secondary_opts[0])
-            continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            text = str(one)
-            words.append(f"{param.opts[0]} {shlex.quote(text) if text.isprintable() else '...'}")
-    return " ".join(words)

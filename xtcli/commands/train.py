@@ -96,8 +96,12 @@ def _next(code: int, path: Path) -> None:
         from xtcli.registry import find
 
         objective = load_preset(path).preset.objective
-        if not find("objective", objective.kind).textual:
+        kind = find("objective", objective.kind)
+        if not kind.textual:
             _talk(f"next: xt inspect {path}")
+            return
+        if kind.data == "images":
+            _talk(f"next: xt generate --ckpt {path} --image FILE")
             return
         second = ' --context "..."' if objective.kind == "extract" else ""
         _talk(f'next: xt generate --ckpt {path} --prompt "..."{second}')

@@ -144,6 +144,7 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
         if closest is None or claims.faults < closest[1].faults:
             closest = plan, claims
     if closest is not None:
-        raise UserError(*explain(*closest, place))
+        # A form whose options are refused may be the one that the file is of.
+        raise UserError(*(refused.problems if refused is not None else ()), *explain(*closest, place))
     assert refused is not None
     raise refused

@@ -142,16 +142,19 @@ def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
     if end is not None:
         inputs["input_ids"][0, -1] = end
         inputs["input_ids"][-1, length - hidden - 1] = end
-    if "choice" in config.heads or "summary" in config.heads:
+    chooses = "choice" in config.heads or "summary" in config.heads
+    if chooses:
         inputs = {name: value[:, None].expand(-1, 2, -1).contiguous() for name, value in inputs.items()}
     if config.kind == "encoder-decoder":
         inputs["decoder_input_ids"] = inputs["input_ids"] if end is not None else ids(length)
     elif config.memory is not None and "encoder_hidden_states" in accepted:
         inputs["encoder_hidden_states"] = torch.randn(rows, 5, config.memory, generator=generator)
-    # What is no text, such as an image.
+    # What is no text, such as an image, or stands beside it.
     for name, blank in construct(config).blank(rows, length, torch.device("cpu")).items():
         if blank.is_floating_point():
             inputs[name] = torch.randn(blank.shape, generator=generator)
+        elif name not in inputs and name in accepted:
+            inputs[name] = blank[:, None].expand(-1, 2, *blank.shape[1:]).contiguous() if chooses else blank
     return inputs
 
 
@@ -181,7 +184,8 @@ def _run_theirs(
 
     config = cls.config_class(**{key: value for key, value in sides.values.items() if "dtype" not in key})
     # Some kernels ignore options, and a cache changes what relative positions are measured from.
-    config._attn_implementation, config.use_cache = sides.plan.family.kernel, False
+    for one in (config, *(getattr(config, name) for name in config.sub_configs)):
+        one._attn_implementation, one.use_cache = sides.plan.family.kernel, False
     with no_init_weights():
         model = cls(config)
     state = dict(sides.theirs())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xtcli.data.tokenizers import StreamDecoder, Tokenizer
 from xtcli.errors import refuse
@@ -62,8 +63,11 @@ def generate(
     prompts: Sequence[str],
     options: Options | None = None,
     on_text: Callable[[Piece], None] | None = None,
+    images: Tensor | None = None,
 ) -> Answer:
     """What the model makes of the prompts; `on_text` hears each piece of text as it is written.
+
+    images (prompts, C, H, W) are what an encoder reads that reads no text; then prompts are names alone.
 
     Rows are numbered prompt x samples + sample. Each row equals what it would be alone. Raises UserError
     for prompts that do not fit.
@@ -77,7 +81,7 @@ def generate(
         if answer.task == "fill":
             _fill(model, tokenizer, prompts, options, answer)
             return answer
-        job = _job(model, tokenizer, prompts, options, answer)
+        job = _job(model, tokenizer, prompts, options, answer, images)
         for piece in _write(job):
             if on_text is not None:
                 on_text(piece)
@@ -97,6 +101,7 @@ class _Job:
     answer: Answer
     prompts: list[Prompt]
     slots: int | None  # the longest row that the model can hold, padding included
+    images: Tensor | None = None  # (prompts, C, H, W)
     made: dict[int, list[Written]] = field(default_factory=dict)
 
     def text(self, prompt: Prompt) -> Text:
@@ -105,7 +110,14 @@ class _Job:
         return Text(StreamDecoder(self.tokenizer, before), self.options.stop)
 
 
-def _job(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Options, answer: Answer) -> _Job:
+def _job(
+    model: Graph,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    options: Options,
+    answer: Answer,
+    images: Tensor | None = None,
+) -> _Job:
     """Settle defaults and the seed, frame the prompts."""
     default = Sampling(temperature=0) if answer.task == "map" or options.beams > 1 else Sampling()
     sampling = options.sampling or default
@@ -120,12 +132,17 @@ def _job(model: Graph, tokenizer: Tokenizer, texts: Sequence[str], options: Opti
     soft = None if options.past_context else model.context
     slots = None
     if isinstance(model, EncoderDecoder):
-        prompts = _sources(model, tokenizer, texts, soft, options.max_tokens)
+        if (images is None) == ("pixel_values" in model.accepts):
+            reads = "images" if images is None else "text"
+            raise refuse(f"the model reads {reads}", "give it with --image" if images is None else "give a --prompt")
+        read = [Prompt(number, text, []) for number, text in enumerate(texts)] if images is not None else None
+        prompts = _sources(model, tokenizer, texts, soft, options.max_tokens, read)
     else:
         slots = limit_of(model)
         prompts = to_continue(tokenizer, texts, Reach(slots, soft), options.max_tokens)
-    check_ids(prompts, model.vocab)
-    return _Job(model, tokenizer, options, rules, answer, prompts, slots)
+    if images is None:
+        check_ids(prompts, model.vocab)
+    return _Job(model, tokenizer, options, rules, answer, prompts, slots, images)
 
 
 def forced(model: Graph, name: str, known: int) -> int | None:
@@ -137,9 +154,15 @@ def forced(model: Graph, name: str, known: int) -> int | None:
 
 
 def _sources(
-    model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], soft: int | None, most: int
+    model: EncoderDecoder,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    soft: int | None,
+    most: int,
+    read: list[Prompt] | None = None,
 ) -> list[Prompt]:
-    prompts = to_read(tokenizer, texts, Reach(limit_of(model.encoder), soft))
+    """The prompts of an encoder, each with its budget; `read` are those that are no text."""
+    prompts = read or to_read(tokenizer, texts, Reach(limit_of(model.encoder), soft))
     target = Reach(limit_of(model.decoder), soft).tokens
     budget = most if target is None else min(most, target - 1)
     return [replace(prompt, budget=budget, bounded=budget < most) for prompt in prompts]
@@ -172,7 +195,10 @@ def _feed(job: _Job, group: Sequence[Prompt]) -> Feed:
     start = role(job.tokenizer, "bos", "pad") if model.start is None else model.start
     if start is None:
         raise refuse("no token is known that a written text starts with", "set model.start in the preset")
-    return Feed(model, [[start]] * len(ids), room, ids)
+    if job.images is None:
+        return Feed(model, [[start]] * len(ids), room, ids)
+    seen = job.images[[prompt.number for prompt in group]].to(model.device)
+    return Feed(model, [[start]] * len(ids), room, images=seen)
 
 
 def _draw(job: _Job, feed: Feed, group: Sequence[Prompt]) -> Iterator[Piece]:

@@ -41,9 +41,10 @@ class Feed:
         rows: list[list[int]],
         room: int,
         sources: list[list[int]] | None = None,
+        images: Tensor | None = None,
     ) -> None:
-        """`room` tokens may follow the longest row; `sources` are the texts that an encoder reads."""
-        self.model, self.sources = model, sources
+        """`room` tokens may follow the longest row; `sources` are the texts (or images) that an encoder reads."""
+        self.model, self.sources, self.images = model, sources, images
         self.memory: Tensor | None = None
         self.memory_mask: Tensor | None = None
         self.width = max(len(row) for row in rows)
@@ -64,6 +65,8 @@ class Feed:
         if self.sources is not None:
             ids, self.memory_mask = padded_right(self.sources, self.model.device)
             self.memory = self.model.encode(ids, self.memory_mask)  # type: ignore[operator]
+        elif self.images is not None:
+            self.memory = self.model.encode(extras={"pixel_values": self.images})  # type: ignore[operator]
         return self._read(0)
 
     def step(self, tokens: Tensor) -> Tensor:

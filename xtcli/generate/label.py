@@ -209,19 +209,20 @@ def _labels(model: Graph, made: Classify) -> Any:
     problem = getattr(model.heads[made.of], "problem", "one")
     for numbers, _, outputs in _batches(model, made):
         (logits,) = outputs.values()
-        _check(logits)
+        check(logits)
         for row, number in enumerate(numbers):
             item = made.items[number]
             if made.of == "token":
                 yield _words(made, number, logits[row])
             elif made.of == "choice":
-                yield _sorted(item.texts[:1], item.texts[1:], logits[row], "one")
+                yield ordered(item.texts[:1], item.texts[1:], logits[row], "one")
             else:
                 names = made.config.labels or [str(place) for place in range(logits.shape[-1])]
-                yield _sorted(item.texts, names, logits[row], problem)
+                yield ordered(item.texts, names, logits[row], problem)
 
 
-def _sorted(texts: tuple[str, ...], names: Sequence[str], logits: Tensor, problem: str | None) -> Labels:
+def ordered(texts: tuple[str, ...], names: Sequence[str], logits: Tensor, problem: str | None) -> Labels:
+    """What the logits of one text's labels say, the likeliest first."""
     if problem == "number" or (problem is None and logits.shape[-1] == 1):
         return Labels(texts, [Label(name, None, value) for name, value in zip(names, logits.tolist(), strict=True)])
     chances = logits.float().sigmoid() if problem == "many" else logits.float().softmax(-1)
@@ -242,7 +243,7 @@ def _words(made: Classify, number: int, logits: Tensor) -> Words:
 def _answers(model: Graph, made: Extract) -> Any:
     scores = SpanScores(made)
     for _, batch, outputs in _batches(model, made):
-        _check(outputs["start_logits"])
+        check(outputs["start_logits"])
         scores.add(batch, {"span": outputs})
     for number, question in enumerate(made.questions):
         span = scores.answer(number)
@@ -250,6 +251,7 @@ def _answers(model: Graph, made: Extract) -> Any:
         yield Found(question.question, text, span.start, span.end, span.probability)
 
 
-def _check(logits: Tensor) -> None:
+def check(logits: Tensor) -> None:
+    """Raise UserError for logits that are no numbers."""
     if not bool(torch.isfinite(logits).all()):
         raise refuse("the model's logits are not numbers", "its weights are damaged, or try --dtype fp32")

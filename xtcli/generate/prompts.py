@@ -146,9 +146,7 @@ def check_ids(prompts: Sequence[Prompt], rows: int) -> None:
         raise UserError(Problem(cause, remedy="use the tokenizer that the model was trained with"))
 
 
-def grouped(
-    prompts: Sequence[Prompt], hard: int | None, most: int, alike: bool = False
-) -> Iterator[list[Prompt]]:
+def grouped(prompts: Sequence[Prompt], hard: int | None, most: int, alike: bool = False) -> Iterator[list[Prompt]]:
     """Batches of at most `most` prompts, in which padding costs no row a token that it would have alone.
 
     alike: no padding at all, so that every prompt of a batch has as many tokens.

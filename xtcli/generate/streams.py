@@ -29,8 +29,8 @@ BLANK = 0
 class StreamFeed(Feed):
     """Rows of tokens and the memories of what the model has read."""
 
-    def __init__(self, model: Graph, rows: list[list[int]], room: int, sources: list[list[int]] | None = None) -> None:
-        self.model, self.sources, self.memory, self.memory_mask = model, None, None, None
+    def __init__(self, model: Graph, rows: list[list[int]], room: int, *rest: Any) -> None:
+        self.model, self.memory, self.memory_mask = model, None, None
         self.width = self.longest = max(len(row) for row in rows)
         self.ids, self.pads = padded_left(rows, self.width + room + 1, model.device)
         self.head: Any = model.heads["lm"]
@@ -39,6 +39,9 @@ class StreamFeed(Feed):
         recurrence: Any = model.recurrence
         self.remembers = recurrence is not None and recurrence.in_eval
         self.uncached = None if self.remembers else self.longest
+
+    def start(self) -> Tensor:
+        return self._read(0)
 
     def select(self, rows: Tensor) -> None:
         self.ids = self.ids[rows]

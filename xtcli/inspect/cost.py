@@ -149,9 +149,10 @@ def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batc
     share: how many of the places have a target, for heads that look at those alone.
     """
     inputs = {name: blank.numpy() for name, blank in model.blank(batch, length, torch.device("cpu")).items()}
+    sides = max(1, sum(name.endswith("input_ids") for name in inputs))
     targets = np.full((batch, length), IGNORE, dtype=np.int64)
     targets[:, : max(1, round(share * length))] = 0
-    return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * len(inputs)] * batch)
+    return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * sides] * batch)
 
 
 def flop_rows(costs: Costs) -> list[tuple[str, float]]:

@@ -97,11 +97,10 @@ class Documents:
 class Objective(ABC):
     """A way to cut a split into samples; see the module's docstring for what a sample is.
 
-    `streams` names the columns it reads, `textual` says whether what it trains answers prompts with text, `data` what it
-    reads, text or images. `width`
-    caps the padded width of each side; `multiple` = 0 pads to the cap, any other value to the longest row of the
-    batch, rounded up to it. `masks` says when masks are made: never (causal: what comes later cannot disturb), when
-    a row is padded, or always.
+    `streams` names the columns it reads, `textual` says whether what it trains answers prompts with text, `data`
+    what it reads, text or images. `width` caps the padded width of each side; `multiple` = 0 pads to the cap, any
+    other value to the longest row of the batch, rounded up to it. `masks` says when masks are made: never (causal:
+    what comes later cannot disturb), when a row is padded, or always.
     """
 
     streams: ClassVar[tuple[str, ...]] = ("text",)

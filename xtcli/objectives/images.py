@@ -128,8 +128,6 @@ class Images(Objective):
 class ImageLabels(Images):
     """One label for an image; `targets.sequence` is ()."""
 
-    textual = False
-
     class Config(Images.Config):
         """Image classification."""
 

@@ -91,12 +91,14 @@ class Permutation(Objective):
 
     @classmethod
     def facts(cls, model: Any) -> dict[str, Any]:
+        from xtcli.parts.twostream import in_streams
+
         recurrence = getattr(model, "recurrence", None)
         return {
             "reuse": None if recurrence is None else recurrence.reuse,
             "segments": getattr(model.embed, "segments_pass", False),
             "backwards": "backwards" in model.accepts,
-            "ordered": "perm_mask" in model.accepts,
+            "ordered": in_streams(model),
         }
 
     @property

@@ -1,7 +1,7 @@
 """Attention of blocks of queries to few keys each, so that time and memory grow with the length and not its square.
 
     blocks   T places = N blocks of C; block n of the queries sees K keys, gathered for it
-    window   C = radius: what lies within `radius` of a block is in the blocks before, at and after it, K = 3 C
+    window   C >= radius: what lies within `radius` of a block is in the blocks before, at and after it, K = 3 C
     strands  a window with dilation d is one without in each of the d strands of every d-th place
 
 Blocks are handed to the ordinary kernels as rows of a batch, `SLAB` scores at a time; with gradients each slab is
@@ -27,6 +27,9 @@ from xtcli.parts.context import Ctx, Visible
 
 SLAB = 2**24
 """Scores that are computed at once."""
+
+EVEN = 16
+"""What the sizes of large blocks are multiples of."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
 """q (B, H, T, D), k and v (B, G, S, D) and what is visible -> (B, H, T, D)."""
@@ -56,7 +59,7 @@ class Band:
         """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
         length, size = q.shape[2], self.size
         if not size:
-            mask = self.mask(self.seen)
+            mask = self.mask(self.seen)[:, :, 0]
             if aside is not None:
                 k, v = torch.cat((k, aside.k), 2), torch.cat((v, aside.v), 2)
                 mask = beside(mask, aside.mask(0, length))
@@ -67,39 +70,36 @@ class Band:
         more = None if aside is None else replace(aside, k=self.shared(aside.k), v=self.shared(aside.v))
 
         def step(first: int, last: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen = self.seen[:, first:last]
-            mask = self.mask(tiled(seen, rows).flatten(0, 1))
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+            mask = self.mask(tiled(self.seen[:, first:last], rows))
             if more is not None:
-                number = last - first
-                k, v = torch.cat((k, spread(more.k, number)), 2), torch.cat((v, spread(more.v, number)), 2)
+                k, v = (torch.cat((x, spread(y, last - first)), 3) for x, y in ((k, more.k), (v, more.v)))
                 mask = beside(mask, self.aside_mask(more, first, last, length, rows))
-            return kernel(q, k, v, Visible(mask))
+            return by_blocks(kernel, q, k, v, mask)
 
         extra = 0 if aside is None else aside.k.shape[2]
         y = in_slabs(step, q, k, v, rows * q.shape[1] * size * (3 * size + extra))
         return together(y.flatten(2, 3), self.dilation, length)
 
     def mask(self, seen: Tensor) -> Tensor:
-        """Seen (R, C, K) and the bias as a mask of the kernel, (R, H|1, C, K)."""
-        seen = seen.flatten(0, 1)[:, None] if seen.dim() == 4 else seen[:, None]
-        return seen if self.bias is None else self.bias.masked_fill(~seen, float("-inf"))
+        """Seen (B, N, C, K) and the bias as a mask, (B, H|1, N, C, K)."""
+        seen = seen[:, None]
+        return seen if self.bias is None else self.bias[:, :, None].masked_fill(~seen, float("-inf"))
 
     def shared(self, x: Tensor) -> Tensor:
         """Keys for all strands of a row: (B, G, E, D) -> (B dilation, G, E, D)."""
         return x if self.dilation == 1 else x.repeat_interleave(self.dilation, 0)
 
     def aside_mask(self, aside: Aside, first: int, last: int, length: int, rows: int) -> Tensor:
-        """The mask of the keys aside for blocks `first` to `last` of each strand, (rows x blocks, H|1, C, E)."""
+        """The mask of the keys aside for blocks `first` to `last` of each strand, (B|1, H|1, blocks, C, E)."""
         size, width = self.size, self.dilation
         start, stop = first * size * width, min(last * size * width, length)
         mask = aside.mask(start, stop)
         if mask.shape[2] == 1 and stop - start != 1:
             mask = mask.expand(-1, -1, stop - start, -1)
-        mask = F.pad(mask, (0, 0, 0, last * size * width - stop))
-        whole = mask.expand(rows // width, *mask.shape[1:])
-        apart = strands(whole, width).unflatten(2, (last - first, size))
-        return apart.transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
+        short = last * size * width - stop
+        mask = F.pad(mask, (0, 0, 0, short)) if short else mask
+        whole = mask if width == 1 else mask.expand(rows // width, *mask.shape[1:])
+        return strands(whole, width).unflatten(2, (last - first, size))  # type: ignore[no-any-return]
 
 
 def strands(x: Tensor, width: int) -> Tensor:
@@ -134,8 +134,25 @@ def tiled(x: Tensor, rows: int) -> Tensor:
 
 
 def spread(x: Tensor, count: int) -> Tensor:
-    """(B, G, E, D) for each of `count` blocks: (B count, G, E, D)."""
-    return x[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+    """(B, G, E, D) for each of `count` blocks: (B, G, count, E, D)."""
+    return x[:, :, None].expand(-1, -1, count, -1, -1)
+
+
+def by_blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q (B, H, N, C, D), k and v (B, G, N, K, D), mask (B|1, H|1, N, C|1, K) -> (B, H, N, C, D).
+
+    A mask that differs by head is laid out with the blocks as heads, so that it is not copied; any other with the
+    blocks as rows, so that it is not repeated.
+    """
+    rows, heads, count = q.shape[:3]
+    if mask.shape[1] == 1:
+        part = mask.expand(rows, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+        y = kernel(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), Visible(part))
+        return y.unflatten(0, (rows, count)).transpose(1, 2)
+    if k.shape[1] != heads:
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    y = kernel(*(x.flatten(1, 2) for x in (q, k, v)), Visible(mask.flatten(1, 2)))
+    return y.unflatten(1, (heads, count))  # type: ignore[no-any-return]
 
 
 def beside(mask: Tensor, other: Tensor) -> Tensor:
@@ -158,7 +175,7 @@ def in_slabs(
     step: Callable[[int, int, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, scores: int
 ) -> Tensor:
     """`step(first, last, q, k, v)` for slabs of the N blocks of q (B, H, N, C, D), k and v (B, G, N, K, D); it gives
-    (B x blocks, H, C, D). All of them: (B, H, N, C, D). `scores` are those of one block of all rows."""
+    (B, H, blocks, C, D). All of them: (B, H, N, C, D). `scores` are those of one block of all rows."""
     count = max(SLAB // scores, 1)
     several = count < q.shape[2]
     again = several and torch.is_grad_enabled()
@@ -166,9 +183,9 @@ def in_slabs(
     for parts in zip(*(x.split(count, 2) for x in (q, k, v)), strict=True):
         last = first + parts[0].shape[2]
         y = checkpoint(step, first, last, *parts, use_reentrant=False) if again else step(first, last, *parts)
-        done.append(y.unflatten(0, (q.shape[0], -1)))
+        done.append(y)
         first = last
-    return (torch.cat(done, 1) if several else done[0]).transpose(1, 2)
+    return torch.cat(done, 2) if several else done[0]
 
 
 class WindowLayout(nn.Module):
@@ -186,7 +203,8 @@ class WindowLayout(nn.Module):
         """The band whose windows hold the keys (B, T) that are True, all of them without."""
         length, radius, width = x.shape[1], self.radius, self.dilation
         dense = length <= 3 * radius * width
-        size = length if dense else radius
+        # Blocks of round sizes are handled faster, and the window has room in its neighbours all the same.
+        size = length if dense else radius + -radius % (EVEN if radius >= EVEN else 1)
         bias = None
         if self.bias is not None:
             before, span = (0, size) if dense else (size, 3 * size)

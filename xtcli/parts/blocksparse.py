@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from xtcli.parts import masks
 from xtcli.parts.attention import Attention, Heads
-from xtcli.parts.bands import additive, beside, blocks, in_slabs
+from xtcli.parts.bands import additive, beside, blocks, by_blocks, in_slabs
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused
 from xtcli.parts.local import refuse_in_decoder
@@ -207,9 +207,7 @@ class BlockSparse(Attention):
         rows = q.shape[0]
 
         def step(first: int, last: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            part = mask[:, :, first:last].expand(rows, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            return self.kernel(q, k, v, Visible(part))
+            return by_blocks(self.kernel, q, k, v, mask[:, :, first:last])
 
         between = in_slabs(step, q[:, :, 1:-1], keys, values, rows * self.heads * size * keys.shape[3])
         first, last = ends.split(size, 2)

@@ -93,6 +93,7 @@ class Ctx:
     offset: int = 0  # slots in use before this call
     prefix: int = 0  # slots in front that every later one sees (memory tokens)
     prefix_reads: bool = False  # whether those see everything too
+    behind: int = 0  # slots behind the text that are no words of it (entities)
     visible: tuple[Visible, ...] = ()
     turns: tuple[Any, ...] = ()  # rotary tables, one for each distinct rotation of the stack
     layouts: tuple[Any, ...] = ()  # what attentions over few keys know of the text, one for each distinct layout

@@ -30,6 +30,13 @@ from xtcli.parts.stack import StackSlot, applied
 from xtcli.parts.tower import Tower, table_width
 from xtcli.registry import Config, Kinds, Slot, field, part, part_of
 
+MANNERS: Mapping[str, tuple[bool, str]] = {
+    "return_dict": (True, "out.to_tuple() gives the outputs in order"),
+    "use_cache": (False, "pass state=model.new_state(rows, tokens), which keeps what was read"),
+    "output_attentions": (False, "weights are not kept by fused kernels"),
+}
+"""Arguments of the reference that say how it answers: the value that is ours, and what to do instead of another."""
+
 EmbedSlot = Annotated[Config, Slot("embed")]
 
 
@@ -41,7 +48,7 @@ class Graph(nn.Module):
     class Config(registry.Config):
         """Sizes and defaults that the whole model shares."""
 
-        vocab: int = field("rows of the token table", gt=0, tiny=512)
+        vocab: int = field("rows of the token table; 1 where no text is read or written", gt=0, tiny=512)
         dim: int = field("width of the residual stream", gt=0, tiny=64)
         context: int | None = field("longest text in tokens; null = no limit", None, gt=0, tiny=128)
         dropout: float = field("default of every dropout", 0.0, ge=0, lt=1)
@@ -121,7 +128,7 @@ class Graph(nn.Module):
 
     @property
     def reads_text(self) -> bool:
-        """Whether some part of the model knows tokens by their ids."""
+        """Whether text enters or leaves the model."""
         return self.config.vocab > 1
 
     @property
@@ -137,8 +144,15 @@ class Graph(nn.Module):
             raise TypeError(f"this architecture has no input {', '.join(unread)}{also}")
 
     def parted(self, extras: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What was given by name, as labels of heads and as inputs of parts; some are both."""
+        """What was given by name, as labels of heads and as inputs of parts; some are both.
+
+        Manners of the reference that ask for what is done anyway are passed over; others raise TypeError.
+        """
         given = {name: value for name, value in extras.items() if value is not None}
+        for name in MANNERS.keys() & given.keys():
+            usual, instead = MANNERS[name]
+            if given.pop(name) is not usual:
+                raise TypeError(f"{name}: only {usual} is known; {instead}")
         wanted = {name for head in self.heads.values() for name in (head.label, *head.more_labels)}  # type: ignore[misc]
         labels = {name: value for name, value in given.items() if name in wanted}
         read = self.accepts if labels else ()
@@ -216,6 +230,7 @@ class OneStack(Graph, Tower):
             "",
             dim=getattr(self.stack, "width", scope.dim),
             table=table_width(self.embed, scope),
+            entities=getattr(self.stack, "entity_table", None),
             bands=getattr(self.embed, "bands", None),
         )
         self.pooler = None if config.pooler is None else Pooler(config.pooler, above)
@@ -228,7 +243,12 @@ class OneStack(Graph, Tower):
         scope.settle()
 
     def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:
-        return self.embed.blank(rows, length, device or self.device, self.dtype)  # type: ignore[operator, no-any-return]
+        at = device or self.device
+        made: dict[str, Tensor] = self.embed.blank(rows, length, at, self.dtype)  # type: ignore[operator]
+        for module in (self.stack, *self.heads.values()):
+            if hasattr(module, "blank"):
+                made |= module.blank(rows, at)  # type: ignore[operator]
+        return made
 
     def new_state(self, batch: int, capacity: int, device: Any = None, dtype: Any = None) -> ModelState:
         """An empty state for `capacity` tokens, on the model's device and in its type unless said."""
@@ -365,6 +385,10 @@ class OneStack(Graph, Tower):
             out["mems"] = hidden.mems
         if trace is not None:
             out["hidden_states"] = tuple(trace)
+        for name in (*getattr(self.stack, "gives", ()), *getattr(self.stack, "traces", ())):
+            found = hidden.ledger.read(name)
+            if found:
+                out[name] = tuple(found) if name in self.stack.traces else hidden.grouped(found[-1])  # type: ignore[operator]
         return out
 
 

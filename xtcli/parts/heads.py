@@ -74,6 +74,7 @@ class Head(nn.Module):
     loss_name = "loss"
     unit = "nats"  # of the loss
     sparse = False  # whether only supervised positions are computed in training
+    apart = False  # whether the loss of each head of its model is an output of its own, `<head>_loss`
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         """Logits by output name."""
@@ -335,12 +336,14 @@ def collect(
     out = Output()
     losses: dict[str, Any] = {}
     made: dict[str, Tensor] = {}
+    alone: dict[str, Tensor] = {}
     for name, head in heads.items():
         read = read_by(name, hidden)
         made |= head.outputs(read)
         targets = head.targets(labels, causal)
         if targets is not None:
-            losses[head.loss_name] = losses.get(head.loss_name, 0.0) + head.share * head.loss(read, targets).mean()
+            alone[f"{name}_loss"] = loss = head.share * head.loss(read, targets).mean()
+            losses[head.loss_name] = losses.get(head.loss_name, 0.0) + loss
             made |= head.noted(read, targets)
-    out.update(losses | made)
+    out.update(losses | (alone if any(head.apart for head in heads.values()) else {}) | made)
     return out

@@ -143,13 +143,18 @@ class Local(Near):
 @dataclass(frozen=True)
 class Sides:
     """The side tokens of a text. `own` (B|1, T): that of each place, E for none; `first` and `last` (B|1, T): the
-    side tokens of its document, `last` excluded; `count` is E; `bias` (2 E - 1, H) by distance, or None."""
+    side tokens of its document, `last` excluded; `count` is E; `bias` (2 E - 1, H) by distance, or None.
+
+    `block` is their size where each place belongs to the side token of its slot or to the one before it, as it does
+    unless rows begin with padding or hold several documents; `whole` says that every query sees them all."""
 
     own: Tensor
     first: Tensor
     last: Tensor
     count: int
     bias: Tensor | None
+    block: int | None = None
+    whole: bool = False
 
     def sums(self, x: Tensor) -> Tensor:
         """x (B, T, dim) -> the sums of each side token's places (B, E, dim)."""
@@ -160,12 +165,23 @@ class Sides:
         """What the queries from `start` to `stop` see of the side tokens, (B|1, H|1, queries, E)."""
         number = torch.arange(self.count, device=self.own.device)
         first, last = self.first[:, start:stop, None], self.last[:, start:stop, None]
-        seen = (number >= first) & (number < last)
+        seen = ((number >= first) & (number < last))[:, None]
         if self.bias is None:
-            return seen[:, None]
-        steps = number - self.own[:, start:stop, None].clamp(max=self.count - 1) + self.count - 1
-        scores = F.embedding(steps, self.bias).movedim(-1, 1)
-        return scores.masked_fill(~seen[:, None], float("-inf"))
+            return seen
+        scores = self.scores(self.own[:, start:stop].clamp(max=self.count - 1), number, start, stop)
+        return scores if self.whole else scores.masked_fill(~seen, float("-inf"))
+
+    def scores(self, own: Tensor, number: Tensor, start: int, stop: int) -> Tensor:
+        """The bias of queries with these side tokens, (B|1, H, queries, E)."""
+        assert self.bias is not None
+        if self.block is None:
+            return F.embedding(number - own[..., None] + self.count - 1, self.bias).movedim(-1, 1)
+        # Few side tokens own these queries: their biases are looked up once and handed out.
+        low, high = max(start // self.block - 1, 0), min((stop - 1) // self.block, self.count - 1)
+        mine = torch.arange(low, high + 1, device=own.device)
+        few = F.embedding(number - mine[:, None] + self.count - 1, self.bias).permute(2, 0, 1).contiguous()
+        rows = (own - low).clamp(0, high - low)
+        return torch.stack([few.index_select(1, row) for row in rows])
 
 
 class SideLayout(WindowLayout):
@@ -184,7 +200,11 @@ class SideLayout(WindowLayout):
         bias = None
         if self.side is not None:
             bias = by_distance(biases[self.side], count - 1, 1, 2 * count - 1, x)[0, :, 0].t()
-        return band, Sides(*self.side_of(x.shape[1], ctx.keep, ctx.documents, x.device, count), count, bias)
+        block, keep = self.block if ctx.documents is None else None, ctx.keep
+        if keep is not None and not keep.is_meta and bool((keep[:, 1:] & ~keep[:, :-1]).any()):
+            block = None
+        found = self.side_of(x.shape[1], keep, ctx.documents, x.device, count)
+        return band, Sides(*found, count, bias, block, block is not None and keep is None)
 
     def side_of(
         self, length: int, keep: Tensor | None, documents: Tensor | None, device: torch.device, count: int

@@ -146,8 +146,8 @@ class HashedAttention(InChunks):
         width = (self.before + 1 + self.after) * self.chunk
         slab = slab_of(batch * self.heads, self.chunk * width)
         near = (around(y, self.before, self.after, 2, slab) for y in (cut(k), cut(v), places))
-        own = (y.split(slab, 2) for y in (cut(q), places))
-        found = [self.attend(*sides, keep, ctx) for sides in zip(*own, *near, strict=True)]
+        sides = zip(cut(q).split(slab, 2), places.split(slab, 2), *near, strict=True)
+        found = [self.attend(q_, own, k_, v_, keys, keep, ctx) for q_, own, k_, v_, keys in sides]
         y = torch.cat([one for one, _ in found], 2).flatten(2, 3)
         y = y.gather(2, back[..., None].expand(-1, -1, -1, self.head_dim))
         if self.rounds > 1:

@@ -19,7 +19,8 @@ NAMES = (
     "last_hidden_state pooler_output hidden_states encoder_last_hidden_state encoder_hidden_states "
     "decoder_hidden_states aux_loss z_loss router_logits router_probs encoder_aux_loss encoder_z_loss decoder_aux_loss "
     "decoder_z_loss encoder_router_logits decoder_router_logits mems losses prediction_scores start_top_log_probs "
-    "start_top_index end_top_log_probs end_top_index cls_logits reconstruction"
+    "start_top_index end_top_log_probs end_top_index cls_logits reconstruction mlm_loss mep_loss entity_logits "
+    "entity_last_hidden_state entity_hidden_states"
 ).split()
 
 

@@ -77,6 +77,15 @@ class Router(nn.Module):
             return x
         return x * torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
 
+    def best(self, probs: Tensor, ctx: Ctx) -> Tensor:
+        """The likeliest experts (B, T, K) of each token, likeliest first; the same where a part is computed again."""
+
+        def choose() -> Tensor:
+            # Of equals the first is taken where there is one choice, which topk does not promise.
+            return probs.argmax(-1, keepdim=True) if self.choices == 1 else probs.topk(self.choices, -1).indices
+
+        return choose() if ctx.decisions is None else ctx.decisions.settle(choose)
+
     def forward(self, x: Tensor, real: Tensor | None, ctx: Ctx) -> Routes:
         """x (B, T, D); `real` (B, T) is False at padding, None where there is none."""
         raise AssertionError("a router must give routes")
@@ -104,7 +113,9 @@ class TopK(Router):
 
     def forward(self, x: Tensor, real: Tensor | None, ctx: Ctx) -> Routes:
         logits = self.classifier(self.noisy(x))
-        weights, experts = widen(logits).softmax(-1).topk(self.choices, -1)
+        probs = widen(logits).softmax(-1)
+        experts = self.best(probs, ctx)
+        weights = probs.gather(-1, experts)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routes(experts, weights.to(x.dtype), logits)
@@ -144,8 +155,9 @@ class Capacity(Router):
                 self.classifier.weight.to(self.dtype),
                 None if bias is None else bias.to(self.dtype),
             )
-            weights, experts = logits.softmax(-1).to(x.dtype).max(-1)  # (B, T)
-        asked = F.one_hot(experts, self.experts)  # (B, T, E)
+            probs = logits.softmax(-1).to(x.dtype)
+        chosen = self.best(probs, ctx)  # (B, T, 1)
+        asked = F.one_hot(chosen[..., 0], self.experts)  # (B, T, E)
         if real is not None and not self.padding:
             asked = asked * real[..., None]
         state: Asked | None = ctx.state
@@ -154,7 +166,7 @@ class Capacity(Router):
         room = (asked * (queue <= self.capacity)).sum(-1) > 0
         if state is not None:
             state.counts = state.counts + asked.sum(1)
-        return Routes(experts.masked_fill(~room, self.experts)[..., None], weights[..., None], logits)
+        return Routes(chosen.masked_fill(~room[..., None], self.experts), probs.gather(-1, chosen), logits)
 
     def report(self, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and experts with 0 for a token that goes past."""

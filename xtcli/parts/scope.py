@@ -53,6 +53,7 @@ class Scope:
     bands: Any = None  # the `Bands` of an embedding that cuts its vocabulary
     prefix: int = 0  # memory tokens in front of every text
     head_dim: int | None = None  # width of the heads that a position is made for
+    entities: tuple[int, int] | None = None  # rows and width of the table of the entities that stand behind a text
     problems: dict[tuple[str, str], Problem] = field(default_factory=dict)
 
     def at(self, name: str, **changes: object) -> Scope:

@@ -171,7 +171,7 @@ class EncoderDecoder(Graph):
             states, self.output_table(), None, decoder_input_ids, keep, source=source, extras=extras, ledger=ledger
         )
 
-    def hidden(  # type: ignore[override]
+    def hidden(
         self,
         input_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,

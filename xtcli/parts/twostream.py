@@ -29,6 +29,7 @@ from xtcli.parts.positions import PositionSlot
 from xtcli.parts.recurrence import joined
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import Layers, Stack
+from xtcli.parts.waves import Wave
 from xtcli.registry import Config, field, part
 
 SEES = (
@@ -53,7 +54,7 @@ class Streams:
 class Layout(nn.Module):
     """Makes the streams' masks once a call."""
 
-    reads = ("perm_mask", "target_mapping", "input_mask")
+    reads = ("perm_mask", "input_mask")
 
     def __init__(self, rule: Config, same_length: bool) -> None:
         super().__init__()
@@ -130,18 +131,17 @@ class TwoStream(Heads):
         segments: bool = field("scores know whether a key lies in the query's segment", False)
         mask: MaskSlot = field("which keys a query sees, the order of the text aside", masks.INHERIT)
         same_length: bool = field("each query sees as many keys as the first: memory and itself", False)
-        position: PositionSlot = field("how attention knows places: waves", positions.INHERIT)
+        position: PositionSlot = field("waves of the distance; none stands for their defaults", positions.INHERIT)
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__(config, scope, scope.dim)
         if scope.shared is None:
             raise AssertionError("attention is built inside a stack")
         self.recurs = scope.recurrence is not None
-        position = (scope.position or positions.NONE) if config.position.kind == "inherit" else config.position
+        stated = (scope.position or positions.NONE) if config.position.kind == "inherit" else config.position
+        position = Wave.Config() if stated.kind == "none" else stated
         if position.kind != "wave":
-            raise Impossible(
-                "position", f"is '{position.kind}', and two streams know places by waves", "set it to wave"
-            )
+            raise Impossible("position", f"is '{position.kind}', two streams know places by waves", "set it to wave")
         if self.groups != self.heads:
             raise Impossible("kv_heads", "two streams need as many kv_heads as heads")
         rule = config.mask
@@ -230,7 +230,7 @@ class TwoStreams(Stack):
 
 def in_streams(model: Any) -> bool:
     """Whether a model predicts targets by a stream of their own."""
-    return {"perm_mask", "target_mapping"} <= set(model.accepts)
+    return isinstance(getattr(model, "stack", None), TwoStreams)
 
 
 def _note(trace: list[Tensor] | None, both: Tensor, length: int) -> None:

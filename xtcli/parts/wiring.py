@@ -59,7 +59,8 @@ class Joining(nn.Module):
 
     def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
         super().__init__()
-        scale = config.scale if isinstance(config.scale, dict) else dict.fromkeys(names, config.scale)
+        one = not isinstance(config.scale, dict)
+        scale: dict[str, float] = dict.fromkeys(names, config.scale) if one else dict(config.scale)  # type: ignore[arg-type]
         for name in scale:
             if name not in names:
                 raise Impossible("scale", f"the block has no sublayer '{name}'", did_you_mean(name, names))

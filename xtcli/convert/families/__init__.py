@@ -15,6 +15,7 @@ from xtcli.convert.families.gpt2 import GPT2
 from xtcli.convert.families.llama import LLAMA
 from xtcli.convert.families.longformer import LONGFORMER
 from xtcli.convert.families.longt5 import LONGT5
+from xtcli.convert.families.luke import LUKE
 from xtcli.convert.families.mamba import MAMBA
 from xtcli.convert.families.mixtral import MIXTRAL
 from xtcli.convert.families.mobilebert import MOBILEBERT
@@ -54,6 +55,7 @@ FAMILIES: tuple[Family, ...] = (
     XLNET,
     ROBERTA,
     LONGFORMER,
+    LUKE,
     BIG_BIRD,
     LONGT5,
     VIT,

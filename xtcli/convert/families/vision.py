@@ -1,6 +1,7 @@
 """An image encoder and a text decoder that reads it: config.json and the names of both stand side by side.
 
-The encoder is saved with the pooler that it has by itself, which nothing reads.
+The encoder is saved with the pooler that it has by itself, which nothing reads. The reference measures its loss on labels
+that it shifts twice, to the right for the decoder's inputs and to the left for the loss; training here does not.
 """
 
 from __future__ import annotations
@@ -53,13 +54,12 @@ def _side(options: Options, name: str, sides: Sides, settled: Mapping[str, Any])
     return found
 
 
-def _load(options: Options) -> dict[str, Any]:
+def _load(options: Options, shift: bool | None) -> dict[str, Any]:
     encoder = _side(options, "encoder", ENCODERS, {})
     decoder = _side(options, "decoder", DECODERS, READS)
     shared = ("vocab", "dim", "context", "dropout", "norm", "init", "heads")
     found = {"kind": "encoder-decoder", "share_tokens": False} | {name: decoder[name] for name in shared}
-    lm = found["heads"]["lm"]
-    found["heads"] = {"lm": {name: value for name, value in lm.items() if name != "shift"}}
+    found["heads"] = {"lm": found["heads"]["lm"] | {"shift": shift}}
     found["encoder"] = {name: encoder[name] for name in ("dim", "dropout", "norm", "embed", "stack")}
     found["decoder"] = {name: decoder[name] for name in ("embed", "stack")}
     # The tokens that a text is padded and begun with are named by the pair; older files name them in the decoder.
@@ -166,12 +166,20 @@ def _dead(config: Any) -> Shapes:
     return pooler | {f"decoder.{form.prefix}{name}": shape for name, shape in family.dead(decoder).items()}
 
 
+def _template(form: Form) -> Any:
+    shift = form.heads["lm"]["shift"]
+    return Custom(lambda options: _load(options, shift), _dump)
+
+
 VISION = Family(
     name="vision-encoder-decoder",
     types=("vision-encoder-decoder",),
     title="VisionEncoderDecoder",
-    template=lambda form: Custom(_load, _dump),  # type: ignore[arg-type, return-value]
-    forms=(Form("VisionEncoderDecoderModel", "", {"lm": {}}),),
+    template=_template,
+    forms=(
+        Form("VisionEncoderDecoderModel", "", {"lm": {"shift": True}}),
+        Form("VisionEncoderDecoderModel", "", {"lm": {"shift": None}}),
+    ),
     trunk=_trunk,
     heads=(),
     ties=_ties,
