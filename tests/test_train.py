@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import listed
 
 import xtcli
 from xtcli.config.library import names
@@ -20,6 +21,7 @@ from xtcli.config.preset import load_preset
 from xtcli.data.batch import Batch
 from xtcli.errors import UserError
 from xtcli.model import build, count
+from xtcli.registry import find
 from xtcli.train.start import new, resume
 
 QUICK = ("tokenizer={kind: bytes, special: {pad: '<pad>', eos: '</s>'}}", "data.validation=0.1")
@@ -33,6 +35,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [f"def add_{i}(a, b):\n    return a + b + {i % 7}\n\n" for i in range(number, number + 60)]
         (folder / f"{number}.py").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What objectives learn from, by what they read."""
+    return {"text": text, "images": listed(tmp_path_factory.mktemp("images"))}
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +85,9 @@ def test_parameter_count_of_each_size(name: str, size: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_tiny_preset_learns_saves_and_generates(name: str, text: Path, tmp_path: Path) -> None:
-    options = [f"data={text}", "train.steps=40", "train.validate_every=0", "train.log_every=1", "train.sample_every=0"]
+def test_tiny_preset_learns_saves_and_generates(name: str, data: dict[str, Path], tmp_path: Path) -> None:
+    source = data[find("objective", load_preset(name).preset.objective.kind).data]
+    options = [f"data={source}", "train.steps=40", "train.validate_every=0", "train.log_every=1", "train.sample_every=0"]
     options += ["train.save_every=0", "train.sample_tokens=4"]
     code, lines = train(name, *options, out=tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -106,7 +106,7 @@ def _trunk(config: Config) -> Sequence[Rule]:
 
 
 HEADS: Sequence[Rule] = (
-    *roberta.HEADS[:6],
+    *roberta.prediction("heads.mlm", "heads.mlm"),
     *layer("entity_predictions.transform.dense", "heads.mep.dense"),
     *layer("entity_predictions.transform.LayerNorm", "heads.mep.norm"),
     one("entity_predictions.bias", "heads.mep.bias"),

@@ -99,6 +99,8 @@ def _block(options: Options) -> dict[str, Any]:
 
 
 def _write_block(value: Any, found: dict[str, Any]) -> None:
+    if value is None or "attn" not in value["sublayers"]:
+        raise Unexpressed("is not one block with an attention, which all layers repeat")
     wiring, sublayers = value["wiring"], value["sublayers"]
     kind = sublayers["attn"]["kind"]
     found["use_bottleneck"] = wiring["kind"] == "bottleneck"

@@ -63,7 +63,8 @@ def forms(name: str, prefix: str, dropout: Any) -> tuple[Form, ...]:
     )
 
 
-def _prediction(ours: str, transform: str) -> tuple[Rule, ...]:
+def prediction(ours: str, transform: str) -> tuple[Rule, ...]:
+    """The names of a language-model head."""
     return (
         *layer("lm_head.dense", f"{transform}.dense"),
         *layer("lm_head.layer_norm", f"{transform}.norm"),
@@ -73,8 +74,8 @@ def _prediction(ours: str, transform: str) -> tuple[Rule, ...]:
 
 
 HEADS: Sequence[Rule] = (
-    *_prediction("heads.mlm", "heads.mlm"),
-    *_prediction("heads.lm", "heads.lm.transform"),
+    *prediction("heads.mlm", "heads.mlm"),
+    *prediction("heads.lm", "heads.lm.transform"),
     *layer("classifier.dense", "heads.sequence.dense"),
     *layer("classifier.out_proj", "heads.sequence.classifier"),
     *layer("classifier", "heads.choice.classifier"),
