@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-COLOURS = {"red": (200, 40, 40), "green": (40, 180, 40), "blue": (40, 40, 200)}
-TEXTS = {"red": "a red square", "green": "one green box here", "blue": "the sky is blue"}
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 40), "blue": (40, 40, 200), "white": (250, 250, 250)}
+TEXTS = {"red": "a red square", "green": "one green box here", "blue": "the sky is blue", "white": "snow"}
 
 
 def square(colour: str, seed: int, size: tuple[int, int] = (16, 12)) -> Image.Image:
@@ -21,7 +22,7 @@ def square(colour: str, seed: int, size: tuple[int, int] = (16, 12)) -> Image.Im
     return Image.fromarray(pixels)
 
 
-def in_folders(folder: Path, each: int = 12, colours: tuple[str, ...] = ("red", "green", "blue")) -> Path:
+def in_folders(folder: Path, each: int = 12, colours: Sequence[str] = tuple(COLOURS)) -> Path:
     """FOLDER/COLOUR/N.png."""
     for number, colour in enumerate(colours):
         (folder / colour).mkdir(parents=True)
@@ -30,7 +31,7 @@ def in_folders(folder: Path, each: int = 12, colours: tuple[str, ...] = ("red", 
     return folder
 
 
-def listed(folder: Path, each: int = 12, colours: tuple[str, ...] = ("red", "green", "blue")) -> Path:
+def listed(folder: Path, each: int = 12, colours: Sequence[str] = tuple(COLOURS)) -> Path:
     """FOLDER/N.png and metadata.jsonl with labels and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -162,6 +162,11 @@ CASES: dict[str, tuple[dict[str, Any], Any, Slow]] = {
         T5,
         lambda m, a, x, r: sides(m, a, x, r, 4, 6),
     ),
+    "sides in runs": (
+        {"kind": "transient-global", "radius": 6, "block": 3, "side_norm": "rms"},
+        T5,
+        lambda m, a, x, r: sides(m, a, x, r, 6, 3),
+    ),
     "blocks": (
         {"kind": "block-sparse", "block": 5, "random": 2},
         "none",
@@ -193,7 +198,7 @@ def run(model: Model, attn: Any, x: Tensor, kept: Tensor) -> Tensor:
 @pytest.mark.parametrize("slab", [2**24, 1500], ids=["whole", "slabs"])
 @pytest.mark.parametrize("name", CASES)
 def test_few_keys_are_all_pairs_masked(name: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "SLAB", slab)
+    monkeypatch.setitem(bands.SLAB, "cpu", slab)
     config, position, slow = CASES[name]
     model = encoder(config, position)
     attn: Any = model.stack.blocks[0].attn

@@ -70,6 +70,7 @@ CASES = [
         "LongT5ForConditionalGeneration", SIDES | {"local_radius": 5, "global_block_size": 7, "num_decoder_layers": 1}
     ),
     Case("LongT5ForConditionalGeneration", SIDES | {"local_radius": 1, "global_block_size": 3, "d_kv": 5}),
+    Case("LongT5ForConditionalGeneration", SIDES | {"local_radius": 4, "global_block_size": 2}),
     Case("LongT5ForConditionalGeneration", SIDES | {"local_radius": 70, "global_block_size": 80}),
     Case(
         "LongT5ForConditionalGeneration",

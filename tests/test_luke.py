@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 from checkpoints import opens_cleanly, same, save, tensors
-from references import PAD, VOCAB, ids, mask, noise, randomise
+from references import VOCAB, ids, mask, noise, randomise
 from test_parity import converted, difference
 from torch import Tensor
 
 from xtcli.convert import convert
 from xtcli.errors import UserError
 
-ENTITIES = 23
+PAD, ENTITIES = 1, 23
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "entity_vocab_size": ENTITIES,

@@ -87,7 +87,13 @@ def test_parameter_count_of_each_size(name: str, size: str) -> None:
 @pytest.mark.parametrize("name", names())
 def test_tiny_preset_learns_saves_and_generates(name: str, data: dict[str, Path], tmp_path: Path) -> None:
     source = data[find("objective", load_preset(name).preset.objective.kind).data]
-    options = [f"data={source}", "train.steps=40", "train.validate_every=0", "train.log_every=1", "train.sample_every=0"]
+    options = [
+        f"data={source}",
+        "train.steps=40",
+        "train.validate_every=0",
+        "train.log_every=1",
+        "train.sample_every=0",
+    ]
     options += ["train.save_every=0", "train.sample_tokens=4"]
     code, lines = train(name, *options, out=tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]

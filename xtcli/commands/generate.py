@@ -12,6 +12,7 @@ import typer
 
 from xtcli.commands.given import again, given, unused
 from xtcli.commands.options import Json, next_command
+from xtcli.commands.places import device_of
 from xtcli.commands.texts import prompts_of, second_text
 from xtcli.errors import did_you_mean, refuse
 from xtcli.objectives.words import count
@@ -53,7 +54,9 @@ def command(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="An image to label or describe, in the place of a prompt; may be repeated.", show_default=False),
+        typer.Option(
+            help="An image to label or describe, in the place of a prompt; may be repeated.", show_default=False
+        ),
     ] = None,
     context: Annotated[
         str | None,
@@ -120,8 +123,8 @@ def command(
 
     Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Models with heads for
     labels print those with their probabilities, or the answer that they find in --context; their prompts may also be
-    JSON lines with the columns of the training data. Models that read images label or describe --image. Standard output is the text alone; device, seed and speed go to
-    standard error.
+    JSON lines with the columns of the training data. Models that read images label or describe --image. Standard
+    output is the text alone; device, seed and speed go to standard error.
     """
     from xtcli.generate.options import Options
     from xtcli.generate.sampling import Sampling
@@ -182,7 +185,7 @@ class _Generation:
         from xtcli.generate.pictures import sees
 
         self.ctx = ctx
-        place = _device(device)
+        place = device_of(device)
         self.folder = model.find_checkpoint(ckpt)
         self.model = model.load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
         self.tokenizer: Any = _tokenizer(self.folder, tokenizer) if self.model.reads_text else None
@@ -334,25 +337,6 @@ def talk(text: str) -> None:
 def _speed(what: str, tokens: int, seconds: float) -> str:
     rate = f", {tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
     return f"{what}: {count(tokens, 'token')} in {seconds:.3g} s{rate}"
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    present = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    present += ["mps"] * torch.backends.mps.is_available()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise refuse(f"'{name}' is no device", f"this machine has: {', '.join(present)}", place="--device") from None
-    if device.type == "cuda" and device.index is None and "cuda:0" in present:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if str(device) not in present:
-        cause = f"there is no device '{name}' on this machine"
-        raise refuse(cause, f"this PyTorch ({torch.__version__}) finds: {', '.join(present)}", place="--device")
-    return device
 
 
 def _tokenizer(folder: Path, other: Path | None) -> Tokenizer:

@@ -26,17 +26,20 @@ NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 @dataclass
 class Options:
-    """A config.json while it is read: which keys were asked for, and what was wrong with them."""
+    """A config.json while it is read: which keys were asked for, what was wrong with them, what each entry came of."""
 
     values: Mapping[str, Any]
     place: str
     used: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    origins: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def get(self, name: str, kind: type, default: Any = REQUIRED, aliases: tuple[str, ...] = ()) -> Any:
         """The value of a key or of one of its older names; null is allowed where the default is null."""
         given = [key for key in (name, *aliases) if key in self.values]
         self.used.update(given)
+        self.asked.append(given[0] if given else name)
         if any(self.values[key] != self.values[given[0]] for key in given[1:]):
             self.refuse(given[0], f"{self.values[given[0]]!r} and {given[1]} {self.values[given[1]]!r} are one option")
         if not given:
@@ -53,6 +56,15 @@ class Options:
             self.refuse(given[0], f"is {value!r}, not {NAMES[kind]}")
             return kind() if default in (REQUIRED, None) else default
         return value
+
+    def keys_of(self, path: str) -> str:
+        """The keys that an entry of the tree was made of; the entry itself where it was made of none."""
+        entry = path
+        while entry:
+            if self.origins.get(entry):
+                return ", ".join(self.origins[entry])
+            entry = entry.rpartition(".")[0]
+        return path
 
     def refuse(self, name: str, cause: str, remedy: str = "") -> None:
         """Remember what is wrong with one key."""
@@ -189,12 +201,15 @@ class Custom:
 MARKS = (Key, Part, Switch, Custom)
 
 
-def load(template: Any, options: Options) -> Any:
-    """The tree that a template and a config.json make; mistakes are collected in `options`."""
+def load(template: Any, options: Options, path: str = "model") -> Any:
+    """The tree that a template and a config.json make; mistakes and origins are collected in `options`."""
     if isinstance(template, MARKS):
-        return template.load(options)
+        before = len(options.asked)
+        value = template.load(options)
+        options.origins[path] = tuple(dict.fromkeys(options.asked[before:]))
+        return value
     if isinstance(template, Mapping):
-        loaded = {key: load(body, options) for key, body in template.items()}
+        loaded = {key: load(body, options, f"{path}.{key}") for key, body in template.items()}
         return {key: value for key, value in loaded.items() if value is not OMIT}
     return template
 

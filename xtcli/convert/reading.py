@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,11 @@ def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
 
 def read_config(family: Family, form: Form, values: Mapping[str, Any], place: str) -> Config:
     """The graph's config that a config.json means for one form; raises UserError with every mistake."""
-    options = Options(values, place)
+    return _read(family, form, Options(values, place))
+
+
+def _read(family: Family, form: Form, options: Options) -> Config:
+    values, place = options.values, options.place
     tree = load(family.template(form), options)
     fixed = {**COMMON_FIXED, **family.fixed}
     for key, value in values.items():
@@ -93,19 +97,21 @@ def read_config(family: Family, form: Form, values: Mapping[str, Any], place: st
         raise UserError(
             *(
                 Problem(
-                    f"{item['msg'].lower()}, got {item['input']!r}", place, ".".join(map(str, ("model", *item["loc"])))
+                    f"{item['msg'].lower()}, got {item['input']!r}",
+                    place,
+                    options.keys_of(".".join(map(str, ("model", *item["loc"])))),
                 )
                 for item in error.errors()
             )
         ) from None
 
 
-def skeleton(config: Config, place: str) -> dict[str, Tensor]:
-    """The tensors of a config's model on the meta device, by name."""
+def skeleton(config: Config, place: str, keys: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """The tensors of a config's model on the meta device, by name; `keys` names the options of an entry at fault."""
     try:
         return dict(construct(config).state_dict())
     except Refused as refused:
-        raise UserError(*(Problem(p.cause, place, p.path, p.remedy) for p in refused.problems)) from None
+        raise UserError(*(Problem(p.cause, place, keys(p.path), p.remedy) for p in refused.problems)) from None
 
 
 def forms(family: Family, values: Mapping[str, Any], place: str) -> list[Form]:
@@ -133,8 +139,9 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
     closest: tuple[Plan, Claims] | None = None
     for form in forms(family, values, f"{place}/{CONFIG}"):
         try:
-            config = read_config(family, form, values, f"{place}/{CONFIG}")
-            plan = make_plan(family, form, config, skeleton(config, f"{place}/{CONFIG}"))
+            options = Options(values, f"{place}/{CONFIG}")
+            config = _read(family, form, options)
+            plan = make_plan(family, form, config, skeleton(config, options.place, options.keys_of))
         except UserError as error:
             refused = refused or error
             continue

@@ -3,8 +3,8 @@
     FOLDER/metadata.jsonl (or .csv, .tsv, .parquet)   rows with the column `file_name`, a path below FOLDER, and others
     FOLDER/NAME/*.png                                 images in folders that are the names of their labels
 
-which are the conventions of `datasets`' imagefolder. The table itself may be named in the place of its folder. Folders of
-labels are read in turn, one image of each, so that a limit takes as many of each label.
+which are the conventions of `datasets`' imagefolder. The table itself may be named in the place of its folder. Folders
+of labels are read in turn, one image of each, so that a limit takes as many of each label.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def _read(
     source: str, key: str, data: DataConfig, column: str | None, setting: str, folders: bool, tally: Tally
 ) -> list[Row]:
     if source == STDLIB:
-        raise refuse("stdlib is plain text, and this objective reads images", "set data to a folder of images", path=key)
+        raise refuse(
+            "stdlib is plain text, and this objective reads images", "set data to a folder of images", path=key
+        )
     path = Path(source).expanduser()
     if not path.exists():
         raise missing_path(source, key)

@@ -110,5 +110,5 @@ class Feed:
                 hidden = model.decode(ids, self.memory, self.memory_mask, self.state)
             else:
                 hidden = model.hidden(input_ids=ids, attention_mask=mask, position_ids=places, state=self.state)
-        hidden.states = hidden.states[:, -1:]
+        hidden.states, hidden.further = hidden.states[:, -1:], None
         return self.head.outputs(hidden)["logits"][:, -1].float()  # type: ignore[no-any-return]

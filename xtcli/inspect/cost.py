@@ -21,6 +21,7 @@ from xtcli.errors import refuse
 from xtcli.inspect import units
 from xtcli.inspect.memory import State, measure_reading, measure_state
 from xtcli.model import skeleton
+from xtcli.parts.embed import longest_text
 from xtcli.parts.graphs import Graph
 from xtcli.parts.seq2seq import EncoderDecoder
 from xtcli.runs.run import gib
@@ -84,6 +85,8 @@ def _use_facts(use: Use) -> dict[str, Any]:
 
 def usual_length(resolved: Resolved, model: Graph) -> int:
     """The length that costs are given for unless the user names one: that of training, else the model's context."""
+    if (places := places_of(model)) is not None:
+        return places
     usual = resolved.preset.train.context or model.context or DEFAULT_CONTEXT
     return max(2, min(usual, position_limit(model) or usual))
 
@@ -128,7 +131,10 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
 
 def check_length(model: Graph, length: int | None) -> None:
     """Refuse a length given by the user that the model has no positions for."""
-    limit = position_limit(model)
+    limit, places = position_limit(model), places_of(model)
+    if length is not None and places is not None and length != places:
+        cause = f"the model reads inputs of one size, which are {units.plural(places, 'token')}"
+        raise refuse(cause, "leave it out", place="--length")
     if length is not None and limit is not None and length > limit:
         raise refuse(
             f"{units.plural(length, 'token')} do not fit into {units.plural(limit, 'position')}",
@@ -139,8 +145,13 @@ def check_length(model: Graph, length: int | None) -> None:
 
 def position_limit(model: Graph) -> int | None:
     """The most tokens that a model's positions can tell apart, or None."""
-    limits = (getattr(module, "limit", None) for module in model.modules())
-    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+    return places_of(model) or longest_text(model)
+
+
+def places_of(model: Graph) -> int | None:
+    """The places of a model of one stack whose inputs have one size, such as images."""
+    places: int | None = getattr(getattr(model, "embed", None), "places", None)
+    return places
 
 
 def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batch:
@@ -150,9 +161,12 @@ def synthetic(model: Graph, batch: int, length: int, share: float = 1.0) -> Batc
     """
     inputs = {name: blank.numpy() for name, blank in model.blank(batch, length, torch.device("cpu")).items()}
     sides = max(1, sum(name.endswith("input_ids") for name in inputs))
+    # What an encoder sees instead of a text has as many places as it has.
+    seen = getattr(getattr(model, "encoder", None), "embed", None)
+    tokens = length * sides + (getattr(seen, "places", None) or 0)
     targets = np.full((batch, length), IGNORE, dtype=np.int64)
     targets[:, : max(1, round(share * length))] = 0
-    return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [length * sides] * batch)
+    return Batch.of(inputs, dict.fromkeys(model.heads, targets), range(batch), [tokens] * batch)
 
 
 def flop_rows(costs: Costs) -> list[tuple[str, float]]:

@@ -126,7 +126,9 @@ def measure_reading(model: Graph, batch: int, length: int) -> Reading:
     kept = [*model.parameters(), *model.buffers(), *tensors(state), *given.values()]
     with torch.no_grad(), Kernels(), Alive(kept) as alive:
         if isinstance(model, EncoderDecoder):
-            hidden = model.decode(given["decoder_input_ids"][:, :1], model.encode(given["input_ids"]), state=state)
+            source = {name: value for name, value in given.items() if name not in ("input_ids", "decoder_input_ids")}
+            memory = model.encode(given.get("input_ids"), extras=source)
+            hidden = model.decode(given["decoder_input_ids"][:, :1], memory, state=state)
         elif state is not None:
             hidden = model.hidden(**given, state=state)
         else:

@@ -10,9 +10,11 @@ from xtcli.objectives.captions import Captions
 from xtcli.objectives.classify import Classify
 from xtcli.objectives.clm import CausalLM
 from xtcli.objectives.denoise import Denoising
+from xtcli.objectives.entities import MaskedEntities
 from xtcli.objectives.extract import Extract
 from xtcli.objectives.frames import Frames
 from xtcli.objectives.gaps import GapSentences
+from xtcli.objectives.hidden import MaskedSpans
 from xtcli.objectives.images import ImageLabels, MaskedPatches
 from xtcli.objectives.mlm import MaskedLM
 from xtcli.objectives.pairs import Pairs
@@ -29,8 +31,10 @@ __all__ = [
     "Frames",
     "GapSentences",
     "ImageLabels",
+    "MaskedEntities",
     "MaskedLM",
     "MaskedPatches",
+    "MaskedSpans",
     "Objective",
     "Pairs",
     "Permutation",

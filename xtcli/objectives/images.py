@@ -252,7 +252,8 @@ class MaskedPatches(Images):
 
     def describe(self) -> str:
         return clauses(
-            f"masked patches: {count(len(self.used), 'image')}, {self.config.share:.0%} of {self.places:,} patches hidden",
+            f"masked patches: {count(len(self.used), 'image')}",
+            f"{self.config.share:.0%} of {self.places:,} patches hidden",
             _sized(self.reader),
         )
 

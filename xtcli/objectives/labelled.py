@@ -153,7 +153,7 @@ def settled_head(resolved: Resolved, head: str, labels: Sequence[str]) -> Any:
     if stated == len(labels):
         return preset
     origin = resolved.origins.get(path)
-    if origin is not None and origin.source != "default":
+    if origin is not None and origin.source not in ("default", "tiny"):
         names = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
         cause = f"is {stated}, and there are {len(labels)} labels ({names})"
         remedy = f"set {path}={len(labels)}, or check objective.label"

@@ -112,8 +112,9 @@ class Masking:
         return np.cumsum(begins) - 1
 
 
-def continuations(tokenizer: Tokenizer) -> Array:
-    """For each id, whether it continues the word before it: behind "a" it adds a letter, a digit or a part of one.
+def continuations(tokenizer: Tokenizer, also: str = "") -> Array:
+    """For each id, whether it continues the word before it: behind "a" it adds a letter, a digit or a part of one, or
+    one of the characters `also`.
 
     Asking the decoder keeps this true of every kind of tokenizer. Raises UserError for one that cannot spell "a".
     """
@@ -124,5 +125,5 @@ def continuations(tokenizer: Tokenizer) -> Array:
     table = np.zeros(tokenizer.vocab, dtype=bool)
     for token in range(tokenizer.vocab):
         added = tokenizer.decode([*anchor, token])[len(base) :]
-        table[token] = bool(added) and (added[0].isalnum() or added[0] == "\ufffd")
+        table[token] = bool(added) and (added[0].isalnum() or added[0] in also + "\ufffd")
     return table

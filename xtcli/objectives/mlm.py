@@ -140,15 +140,18 @@ class MaskedLM(Objective):
 
     def sample(self, index: int, epoch: int) -> Sample:
         rng = generator(self.seed, epoch, index)
-        if self.config.pairs:
-            tokens, extra = self._pair(index, rng)
-        elif self.config.pack == "none":
-            length = min(int(self.documents.lengths[index]), self.context - 2)
-            tokens, extra = self._framed(self.documents.read(index, 0, length)), {}
-        else:
-            tokens, extra = self._block(index)
+        tokens, extra = self._row(index, rng)
         inputs, targets = self.masking(tokens, rng)
         return {"input_ids": inputs, f"targets.{self.config.head}": targets, "id": np.array(index)} | extra
+
+    def _row(self, index: int, rng: np.random.Generator) -> tuple[Ints, Sample]:
+        """The tokens of a row before any is hidden, and what else is known of it."""
+        if self.config.pairs:
+            return self._pair(index, rng)
+        if self.config.pack == "none":
+            length = min(int(self.documents.lengths[index]), self.context - 2)
+            return self._framed(self.documents.read(index, 0, length)), {}
+        return self._block(index)
 
     def _framed(self, *parts: Ints) -> Ints:
         """[CLS] part [SEP] part [SEP] ..."""

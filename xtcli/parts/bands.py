@@ -4,7 +4,7 @@
     window   C >= radius: what lies within `radius` of a block is in the blocks before, at and after it, K = 3 C
     strands  a window with dilation d is one without in each of the d strands of every d-th place
 
-Blocks are handed to the ordinary kernels as rows of a batch, `SLAB` scores at a time; with gradients each slab is
+Blocks are handed to the ordinary kernels as rows of a batch or as heads, `SLAB` scores at a time; with gradients each slab is
 computed again on the way back, so that the scores of one are held and not those of the text. A text that its window
 nearly spans is one dense block.
 
@@ -24,9 +24,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.linear import widen
 
-SLAB = 2**24
-"""Scores that are computed at once."""
+SLAB = {"cpu": 2**22}
+"""Scores that are computed at once, by device: on a CPU what its caches hold, elsewhere WIDE."""
+
+WIDE = 2**26
 
 EVEN = 16
 """What the sizes of large blocks are multiples of."""
@@ -38,11 +41,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
 @dataclass(frozen=True)
 class Aside:
     """Keys that every block sees besides its own: k and v (B, G, E, D); `mask(start, stop)` is what the queries
-    `start` to `stop` see of them, (B|1, H|1, queries, E), bool or additive."""
+    `start` to `stop` see of them, (B|1, H|1, queries, E), bool or additive. Where every `run` queries in a row see the
+    same, `runs(start, stop)` is that for each run, (B|1, H, runs, E), additive."""
 
     k: Tensor
     v: Tensor
     mask: Callable[[int, int], Tensor]
+    run: int = 0
+    runs: Callable[[int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,17 @@ class Band:
     size: int = 0
     dilation: int = 1
 
-    def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, aside: Aside | None = None) -> Tensor:
-        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+    def attend(
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aside: Aside | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D); `scale` and `dropout` are those of the kernel."""
         length, size = q.shape[2], self.size
         if not size:
             mask = self.mask(self.seen)[:, :, 0]
@@ -71,6 +86,9 @@ class Band:
 
         def step(first: int, last: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             mask = self.mask(tiled(self.seen[:, first:last], rows))
+            if more is not None and more.runs is not None and self.bias is not None and size % more.run == 0:
+                seen = more.runs(first * size, last * size)
+                return jointly(q, k, v, mask, more, seen, scale, dropout)
             if more is not None:
                 k, v = (torch.cat((x, spread(y, last - first)), 3) for x, y in ((k, more.k), (v, more.v)))
                 mask = beside(mask, self.aside_mask(more, first, last, length, rows))
@@ -164,6 +182,31 @@ def beside(mask: Tensor, other: Tensor) -> Tensor:
     return torch.cat((mask.expand(*shape, -1), other.expand(*shape, -1)), -1)
 
 
+def jointly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, aside: Aside, seen: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """One softmax over the keys of each block and many keys aside, whose scores are never laid side by side.
+
+    q (B, H, N, C, D), k and v (B, G, N, K, D), mask (B|1, H, N, C, K), seen (B|1, H, runs, E) -> (B, H, N, C, D).
+    """
+    heads, count, size = q.shape[1:4]
+    k, v, other, values = (
+        x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, aside.k, aside.v)
+    )
+    q = q * scale
+    near = widen(q @ k.transpose(-1, -2)) + mask
+    far = widen(q.flatten(2, 3) @ other.transpose(-1, -2))
+    far = far.unflatten(2, (-1, aside.run)) + seen[:, :, :, None]
+    far = far.flatten(2, 3).unflatten(2, (count, size))
+    top = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True)).detach()
+    near, far = (near - top).exp(), (far - top).exp()
+    total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+    if dropout > 0:
+        near, far = F.dropout(near, dropout), F.dropout(far, dropout)
+    y = near.to(v.dtype) @ v + (far.flatten(2, 3).to(v.dtype) @ values).unflatten(2, (count, size))
+    return (y / total).to(v.dtype)
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as numbers to add to scores."""
     if mask.dtype != torch.bool:
@@ -176,7 +219,7 @@ def in_slabs(
 ) -> Tensor:
     """`step(first, last, q, k, v)` for slabs of the N blocks of q (B, H, N, C, D), k and v (B, G, N, K, D); it gives
     (B, H, blocks, C, D). All of them: (B, H, N, C, D). `scores` are those of one block of all rows."""
-    count = max(SLAB // scores, 1)
+    count = max(SLAB.get(q.device.type, WIDE) // scores, 1)
     several = count < q.shape[2]
     again = several and torch.is_grad_enabled()
     done, first = [], 0

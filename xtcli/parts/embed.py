@@ -53,6 +53,7 @@ class LearnedPlaces(nn.Module):
         """Learned absolute positions."""
 
         offset: int = field("place p reads row p + offset; the rows before are kept but idle", 0, ge=0)
+        clamp: bool = field("places beyond the last read its row; false: there are none", False)
         dropout: float = field("dropout of these vectors before they are added", 0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -60,12 +61,13 @@ class LearnedPlaces(nn.Module):
         if scope.context is None:
             raise Impossible("", "learned positions need model.context, the number of places")
         self.offset = config.offset
-        self.limit = scope.context
+        self.last = scope.context - 1 if config.clamp else None
+        self.limit = None if config.clamp else scope.context
         self.table = Table(scope.context + config.offset, scope.dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        rows = self.table(places + self.offset)
+        rows = self.table((places if self.last is None else places.clamp(max=self.last)) + self.offset)
         return x + self.dropout(rows.expand(x.shape[0], -1, -1) if self.dropout.p else rows)  # type: ignore[no-any-return]
 
 
@@ -103,12 +105,14 @@ AbsoluteSlot = Annotated[Config, Slot("absolute")]
 class Embedding(nn.Module):
     """What enters a tower. `reads` names the inputs of its own that it finds in `ctx.extras`.
 
-    `tokens` is the token table, None where it belongs to another part; `limit` the most places there are.
+    `tokens` is the token table, None where it belongs to another part; `limit` the most places there are, `places` how
+    many there are where inputs have one size, such as images.
     """
 
     reads: tuple[str, ...] = ()
     tokens: nn.Module | None
     limit: int | None
+    places: int | None = None  # of x, where the inputs are of one size
 
     def size(
         self, ids: Tensor | None, vectors: Tensor | None, extras: Mapping[str, Tensor]
@@ -122,6 +126,14 @@ class Embedding(nn.Module):
     def blank(self, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Inputs of the size of `rows` texts of `length` places, for measuring."""
         return {"input_ids": torch.zeros(rows, length, dtype=torch.long, device=device)}
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """The most tokens that every part of a model can tell apart; what reads no text does not count."""
+    sized = [module for module in model.modules() if isinstance(module, Embedding) and module.places is not None]
+    inside = {id(part) for module in sized for part in module.modules()}
+    limits = (getattr(module, "limit", None) for module in model.modules() if id(module) not in inside)
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 @part("embed", "tokens")

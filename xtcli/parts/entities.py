@@ -45,8 +45,12 @@ FIRST = 3
 class EntityConfig(Config):
     """The entities of a text."""
 
-    vocab: int = field("rows of the entity table: padding, unknown, hidden, then the entities", gt=0, tiny=96, example=9)
-    width: int | None = field("width of its rows, projected to dim without a bias where it differs; null = dim", None, gt=0, tiny=32)
+    vocab: int = field(
+        "rows of the entity table: padding, unknown, hidden, then the entities", gt=0, tiny=96, example=9
+    )
+    width: int | None = field(
+        "width of its rows, projected to dim without a bias where it differs; null = dim", None, gt=0, tiny=32
+    )
     places: int | None = field("rows of the table of a mention's places; null = model.context", None, gt=0, tiny=128)
     segments: int = field("rows of the segment table of entities", 2, gt=0)
     norm: NormSlot = field("norm of the sum", norms.INHERIT)
@@ -60,7 +64,9 @@ class Entities(nn.Module):
         super().__init__()
         places = config.places or scope.context
         if places is None:
-            raise Impossible("entities.places", "a table of places needs a size, and model.context gives none", "state it")
+            raise Impossible(
+                "entities.places", "a table of places needs a size, and model.context gives none", "state it"
+            )
         self.limit, self.width = places, config.width or scope.dim
         self.table = Table(config.vocab, self.width)
         self.project = None if self.width == scope.dim else Linear(self.width, scope.dim, False)
@@ -164,7 +170,7 @@ class EntityStack(Stack):
                 if type(sublayer) not in (Attention, EntityAware):
                     cause = f"its '{name}' mixes places by their order, and entities have none"
                     raise Impossible("block", cause, "use mixers of kind attention or entity-aware")
-                if sublayer.relative is not None or isinstance(sublayer.place, nn.Module):  # type: ignore[union-attr]
+                if sublayer.relative is not None or isinstance(sublayer.place, nn.Module):
                     raise Impossible("position", "entities have no place in the row", "set it to none")
         shared = self.shared
         if shared.turns or shared.biases:
@@ -172,7 +178,9 @@ class EntityStack(Stack):
         if any(view.rule.kind != "full" for view in shared.views):
             cause = "its attention sees keys by their place in the row, and entities have none"
             raise Impossible("block", cause, "set mask: full")
-        readers = sorted({name for block in self.blocks for part in block.modules() for name in getattr(part, "reads", ())})
+        readers = sorted(
+            {name for block in self.blocks for part in block.modules() for name in getattr(part, "reads", ())}
+        )
         if readers:
             cause = f"entities have no place in {', '.join(readers)}, which its parts read token by token"
             raise Impossible("block", cause, "use parts that read the states alone")
@@ -222,7 +230,9 @@ class EntityStack(Stack):
             keep = torch.cat((words, real), 1)
         # Their first places stand for them where only a row's length counts.
         first = places.amax(-1).clamp(min=0) if places.shape[-1] else torch.zeros_like(ids)
-        inner = replace(ctx, positions=_behind(ctx.positions, first), keys=_behind(ctx.keys, first), keep=keep, behind=ids.shape[1])
+        inner = replace(
+            ctx, positions=_behind(ctx.positions, first), keys=_behind(ctx.keys, first), keep=keep, behind=ids.shape[1]
+        )
         return torch.cat((x, entities), 1), inner
 
 

@@ -312,6 +312,7 @@ class OneStack(Graph, Tower):
         hidden = Hidden(
             states, self.table(), pooled, input_ids, keep, choices, mc_token_ids, extras=extras, ledger=ledger
         )
+        hidden.further = next(iter(ledger.read("further")), None)
         if state is None and self.recurrence is not None and self.recurrence.gives(self.training, use_mems, mems):
             hidden.mems = left(memories)
         return hidden

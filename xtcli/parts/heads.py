@@ -56,6 +56,7 @@ class Hidden:
         self.extras, self.ledger = extras or {}, ledger or Ledger()
         self.others: dict[str, Hidden] = {}  # what further towers made, by name
         self.mems: list[Tensor] | None = None  # what the mixers remember, as the field has it
+        self.further: Tensor | None = None  # (B, n, T, D) states of streams that know less and answer the same
 
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows (B, ...) as (questions, choices, ...) where there are choices."""
@@ -162,6 +163,8 @@ class LanguageModel(Head):
         softcap: float | None = field("bends logits into (-cap, cap)", None, gt=0)
         transform: Annotated[Config, Slot("transform")] = field("what comes before the matrix", NoTransform.Config())
         shift: bool | None = field("labels are shifted to their successors; null = in a causal model", None)
+        smoothing: float = field("share of each target that is spread over the vocabulary", 0.0, ge=0, lt=1)
+        further: float = field("weight in the loss of each stream that predicts further ahead, beside the first", 1.0, ge=0)
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
@@ -181,6 +184,7 @@ class LanguageModel(Head):
             self.bias = nn.Parameter(torch.zeros(scope.vocab)) if config.bias else None
         self.scale = scope.dim**-0.5 if config.scale == "inverse-sqrt-dim" else float(config.scale)
         self.cap, self.shift = config.softcap, config.shift
+        self.smoothing, self.further = config.smoothing, config.further
 
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -193,10 +197,20 @@ class LanguageModel(Head):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
-        return {"logits": hidden.grouped(self.logits(hidden.states, hidden.table))}
+        out = {"logits": hidden.grouped(self.logits(hidden.states, hidden.table))}
+        if hidden.further is not None:
+            out["logits_ngram"] = self.logits(hidden.further, hidden.table)
+        return out
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
-        return cross_entropy(self.logits(hidden.states, hidden.table), targets)
+        """The mean over all streams that answer these targets, by weight."""
+        term = cross_entropy(self.logits(hidden.states, hidden.table), targets, self.smoothing)
+        if hidden.further is None or self.further == 0.0:
+            return term
+        streams = hidden.further.shape[1]
+        wanted = targets[:, None].expand(-1, streams, -1)
+        more = cross_entropy(self.logits(hidden.further, hidden.table), wanted, self.smoothing)
+        return Term((term.sum + self.further * more.sum) / (1.0 + self.further * streams), term.count)
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         found = labels.get(self.label)
@@ -213,6 +227,7 @@ class MaskedLanguageModel(Head):
     class Config(registry.Config):
         """Masked-language-model head."""
 
+        dense: bool = field("begins with a linear layer, as it must where the token table is narrower", True)
         act: Activation = field("activation of the transform", "gelu")
         norm: NormSlot = field("norm of the transform", norms.INHERIT)
         tied: bool = field("uses the token table as its matrix", True)
@@ -224,7 +239,7 @@ class MaskedLanguageModel(Head):
         refuse_without_table(config.tied, scope)
         narrow = scope.table or scope.dim
         width = scope.dim if config.extended else narrow
-        self.dense = Linear(scope.dim, width, True)
+        self.dense = Linear(scope.dim, width, True) if config.dense or width != scope.dim else nn.Identity()
         self.act = ACTIVATIONS[config.act]
         self.norm = make_norm(scope, "norm", config.norm, dim=width)
         self.decoder = None if config.tied else Linear(narrow, scope.vocab, False, "head")

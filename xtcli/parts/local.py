@@ -15,7 +15,7 @@ Axes as in bands.py; E side tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -183,6 +183,16 @@ class Sides:
         rows = (own - low).clamp(0, high - low)
         return torch.stack([few.index_select(1, row) for row in rows])
 
+    def runs(self, start: int, stop: int) -> Tensor:
+        """`mask` for each run of `block` queries from `start`, a multiple of it; `stop` may lie behind the text."""
+        assert self.block is not None and self.bias is not None
+        number = torch.arange(self.count, device=self.own.device)
+        first = torch.arange(start, stop, self.block, device=self.own.device).clamp(max=self.own.shape[1] - 1)
+        own, last = self.own[:, first].clamp(max=self.count - 1), self.last[:, first, None]
+        scores = F.embedding(number - own[..., None] + self.count - 1, self.bias).movedim(-1, 1)
+        # A run that padding cuts is one of real queries.
+        return scores if self.whole else scores.masked_fill((number >= last)[:, None], float("-inf"))
+
 
 class SideLayout(WindowLayout):
     """A window, and side tokens of `block` places; `side` is the number of the bias of their distances."""
@@ -278,4 +288,7 @@ class TransientGlobal(Near):
             sums = self.side_norm(sides.sums(x))
             keys, values = self.k_norm(self.split(self.k(sums), self.groups)), self.split(self.v(sums), self.groups)
             aside = Aside(keys, values, sides.mask)
-        return self.leave(band.attend(self.kernel, q, k, v, aside), x, ctx)
+            if sides.block is not None and sides.bias is not None:
+                aside = replace(aside, run=sides.block, runs=sides.runs)
+        dropout = self.rate if self.training else 0.0
+        return self.leave(band.attend(self.kernel, q, k, v, aside, self.scale, dropout), x, ctx)

@@ -3,9 +3,12 @@
     layer       (x - mean) / sqrt(var + eps) * weight + bias     Ba et al. 2016, arXiv:1607.06450
     rms         x / sqrt(mean(x^2) + eps) * weight               Zhang, Sennrich 2019, arXiv:1910.07467
     simple-rms  x / sqrt(mean(x^2) + eps)                        Qin et al. 2023, arXiv:2307.14995
+    rms-scale   x / sqrt(mean(x^2) + eps) * weight, one number   Ma et al. 2022, arXiv:2209.10655
     scale       x / max(|x|, eps) * weight, a single number      Nguyen, Salazar 2019, arXiv:1910.05895
     unit        x / max(|x|, eps), in groups of the axis         Henry et al. 2020, arXiv:2010.04245
+    standard    (x - mean) / sqrt(var + eps)
     affine      x * weight + bias                                Sun et al. 2020, arXiv:2004.02984
+    gain        x * weight
     none        x
     inherit     the model's norm
 
@@ -89,6 +92,60 @@ class SimpleRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+@part("norm", "rms-scale")
+class RMSScaleNorm(SimpleRMSNorm):
+    """Root mean square over the last axis, then one learned number for all channels."""
+
+    class Config(registry.Config):
+        """Root-mean-square normalisation with a single gain."""
+
+        eps: float = field("added to the mean square", 1e-5, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__(config, scope)  # type: ignore[arg-type]
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def draw(self, normal: Draw) -> None:
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight
+
+
+@part("norm", "standard")
+class Standard(nn.LayerNorm):
+    """Mean 0 and variance 1 over the last axis; no parameters."""
+
+    class Config(registry.Config):
+        """Layer normalisation without gain and bias."""
+
+        eps: float = field("added to the variance", 1e-5, gt=0)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__(scope.dim, eps=config.eps, elementwise_affine=False)
+
+    def draw(self, normal: Draw) -> None:
+        """Nothing to draw."""
+
+
+@part("norm", "gain")
+class Gain(nn.Module):
+    """A gain without statistics or bias."""
+
+    class Config(registry.Config):
+        """A gain, no normalisation."""
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(scope.dim))
+
+    def draw(self, normal: Draw) -> None:
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
 
 
 @part("norm", "scale")

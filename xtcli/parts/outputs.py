@@ -20,7 +20,8 @@ NAMES = (
     "decoder_hidden_states aux_loss z_loss router_logits router_probs encoder_aux_loss encoder_z_loss decoder_aux_loss "
     "decoder_z_loss encoder_router_logits decoder_router_logits mems losses prediction_scores start_top_log_probs "
     "start_top_index end_top_log_probs end_top_index cls_logits reconstruction mlm_loss mep_loss entity_logits "
-    "entity_last_hidden_state entity_hidden_states"
+    "entity_last_hidden_state entity_hidden_states logits_ngram last_hidden_state_ngram hidden_states_ngram "
+    "decoder_ngram_hidden_states"
 ).split()
 
 
@@ -56,10 +57,14 @@ class Term:
         return self.sum / self.count.clamp(min=1)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Term:
-    """Summed cross-entropy of logits (..., C) against targets (...), float32, IGNORE left out."""
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Term:
+    """Summed cross-entropy of logits (..., C) against targets (...), float32, IGNORE left out.
+
+    `smoothing` is the share of each target that is spread over all classes alike.
+    """
     flat = targets.reshape(-1)
-    total = F.cross_entropy(widen(logits.reshape(-1, logits.shape[-1])), flat, ignore_index=IGNORE, reduction="sum")
+    wide = widen(logits.reshape(-1, logits.shape[-1]))
+    total = F.cross_entropy(wide, flat, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
     return Term(total, (flat != IGNORE).sum())
 
 

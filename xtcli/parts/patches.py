@@ -57,6 +57,7 @@ class Patches(Embedding):
 
     tokens = None
     limit = None
+    places: int
 
     class Config(registry.Config):
         """Patches of an image, projected to dim."""
@@ -134,7 +135,8 @@ class Patches(Embedding):
         # (B, C, rows, p_h, columns, p_w)
         pieces = pixels.unflatten(3, (columns, wide)).unflatten(2, (rows, high))
         order = (0, 2, 4, 3, 5, 1) if self.rows_first else (0, 2, 4, 1, 3, 5)
-        return pieces.permute(order).flatten(3).flatten(1, 2)
+        laid: Tensor = pieces.permute(order).flatten(3).flatten(1, 2)
+        return laid
 
     def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
         """pixel_values (B, C, H, W) -> (B, T, D)."""
@@ -158,7 +160,7 @@ class Patches(Embedding):
         table = getattr(self.positions, "table", None)
         if table is None:
             raise ValueError("images of other sizes are read with learned positions alone")
-        learned = table.weight[self.positions.offset :]  # type: ignore[misc]
+        learned = table.weight[self.positions.offset :]
         grid = learned[self.front :].t().unflatten(1, self.grid)[None]
         wide = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat((learned[: self.front], wide[0].flatten(1).t()))[None]

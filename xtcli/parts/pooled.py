@@ -169,7 +169,7 @@ class SequenceLabels(Head):
     class Config(registry.Config):
         """Sequence classification."""
 
-        labels: int = field("number of labels", 2, gt=0)
+        labels: int = field("number of labels", 2, gt=0, tiny=4)
         pick: Pick = field("which vector stands for the text", "pooled")
         end: int = field("id of the end token, for `pick: end`", 1, ge=0)
         hidden: bool | int = field(

@@ -167,9 +167,11 @@ class EncoderDecoder(Graph):
             extras=extras,
             ledger=ledger.side("decoder"),
         )
-        return Hidden(
+        hidden = Hidden(
             states, self.output_table(), None, decoder_input_ids, keep, source=source, extras=extras, ledger=ledger
         )
+        hidden.further = next(iter(ledger.side("decoder").read("further")), None)
+        return hidden
 
     def hidden(
         self,
@@ -262,4 +264,10 @@ class EncoderDecoder(Graph):
         if target_trace is not None and source_trace is not None:
             out["decoder_hidden_states"] = tuple(target_trace)
             out["encoder_hidden_states"] = tuple(source_trace)
+        stack: Any = self.decoder.stack
+        for name in getattr(stack, "gives", ()):
+            out |= {name: made for made in ledger.side("decoder").read(name)}
+        for name, sided in getattr(stack, "sided", {}).items():
+            if target_trace is not None:
+                out[sided] = tuple(ledger.side("decoder").read(name))
         return out

@@ -12,7 +12,7 @@ from xtcli.errors import refuse
 from xtcli.parts import masks, recurrence
 from xtcli.parts.context import Ctx, Ledger, ModelState
 from xtcli.parts.prefix import Prefix, behind, make_prefix, refuse_readers
-from xtcli.parts.scope import Scope
+from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config
 
 
@@ -39,6 +39,11 @@ class Tower(nn.Module):
         """The stack, and the memory tokens in front of it."""
         self.prefix = make_prefix(memory_tokens, stack, scope)
         self.stack = behind(self.prefix, scope).make("stack", stack)
+        if hasattr(self.stack, "enter"):
+            try:
+                self.stack.refuse(self.embed)  # type: ignore[operator]
+            except Impossible as mistake:
+                scope.file(mistake)
         refuse_readers(self.prefix, self.stack, scope)
 
     @property
@@ -47,7 +52,10 @@ class Tower(nn.Module):
         inner = getattr(getattr(self.stack, "shared", None), "limit", None)
         if inner is not None and self.prefix is not None:
             inner -= self.prefix.count
-        limits = (getattr(self.embed, "limit", None), inner)
+        outer = getattr(self.embed, "limit", None)
+        if outer is not None:
+            outer -= getattr(self.stack, "beyond", 0)
+        limits = (outer, inner)
         return min((limit for limit in limits if limit is not None), default=None)
 
     def table(self) -> Tensor | None:
@@ -153,6 +161,8 @@ class Tower(nn.Module):
             fed=fed,
         )
         x = self.embed(ids, vectors, segments, ctx)
+        if hasattr(self.stack, "enter"):
+            x = self.stack.enter(x, self.embed, ctx)  # type: ignore[operator]
         if self.prefix is None:
             x = self.stack(x, ctx, trace)
         else:

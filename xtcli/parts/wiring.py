@@ -4,7 +4,7 @@
     pre-wide         the same, x in float32
     post             norm(x + s f(x))                  rezero           x + s alpha f(x), alpha from 0
     parallel         x + sum of s f(norm_f(x))         parallel-shared  x + sum of s f(norm(x))
-    normed           norm(x) + s f(norm(x))
+    normed           norm(x) + s f(norm(x))            pre-post         post where it says so, else pre
 
 `s` is the `scale` of the sublayer: 1/2 for the feed-forwards before and after attention is the macaron
 layer (Lu et al. 2019, arXiv:1906.02762), one number for all a residual multiplier. Gates stand in gates.py.
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor, nn
 
 from xtcli import registry
@@ -31,6 +32,7 @@ from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
 WiringSlot = Annotated[Config, Slot("wiring")]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 SublayerName = Literal[
     "pre_ffn", "attn", "attn_2", "cross", "cross_2", "mixer", "mixer_2", "conv",
@@ -54,7 +56,9 @@ class Joining(nn.Module):
         scale: float | dict[SublayerName, float] = field(
             "multiplies what sublayers add; one number, or one by name", 1.0
         )
-        dropout: float | None = field("dropout on what a sublayer adds; null = model.dropout", None, ge=0, lt=1)
+        dropout: Rate | dict[SublayerName, Rate] | None = field(
+            "dropout on what sublayers add; one number, or one by name; null, or no name = model.dropout", None
+        )
         drop_path: float = field("chance in training that a row goes past a sublayer", 0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
@@ -65,7 +69,12 @@ class Joining(nn.Module):
             if name not in names:
                 raise Impossible("scale", f"the block has no sublayer '{name}'", did_you_mean(name, names))
         self.scale = scale
-        self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
+        rates: dict[str, float] = dict(config.dropout) if isinstance(config.dropout, dict) else {}  # type: ignore[arg-type]
+        for name in rates:
+            if name not in names:
+                raise Impossible("dropout", f"the block has no sublayer '{name}'", did_you_mean(name, names))
+        self.dropout = nn.Dropout(config.dropout if isinstance(config.dropout, float) else scope.dropout)
+        self.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items()})
         self.path = DropPath(config.drop_path)
 
     @staticmethod
@@ -75,7 +84,7 @@ class Joining(nn.Module):
 
     def weigh(self, name: str, y: Tensor) -> Tensor:
         """What sublayer `name` made, (B, T, D), as it joins the stream."""
-        y = self.path(self.dropout(y))
+        y = self.path(self.dropouts[name](y) if name in self.dropouts else self.dropout(y))
         scale = self.scale.get(name, 1.0)
         return y if scale == 1.0 else y * scale
 
@@ -128,10 +137,14 @@ def active(sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Iterator[tuple[str, 
 
 
 def run(sublayer: nn.Module, x: Tensor, ctx: Ctx, norm: nn.Module | None = None) -> Tensor:
-    """What a sublayer makes of x (B, T, D), read through `norm`, as its memory of earlier segments is."""
+    """What a sublayer makes of x (B, T, D), read through `norm`, as its memory of earlier segments is.
+
+    One that `reads_stream` is given x itself as well: what it adds depends on what it is added to.
+    """
     if isinstance(ctx.state, Memory):
         x = ctx.state.take(x, norm)
-    return sublayer(x if norm is None else norm(x), ctx)  # type: ignore[no-any-return]
+    read = x if norm is None else norm(x)
+    return sublayer(read, ctx, x) if getattr(sublayer, "reads_stream", False) else sublayer(read, ctx)  # type: ignore[no-any-return]
 
 
 class Additive(Joining):
@@ -176,6 +189,36 @@ class PostNorm(Wiring):
     def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
         for name, sublayer, own in active(sublayers, ctx):
             x = self.norm[name](x + self.weigh(name, run(sublayer, x, own)))
+        return x
+
+
+@part("wiring", "pre-post")
+class PreOrPostNorm(Wiring):
+    """Norms of some sublayers stand behind their sums, those of the others before them."""
+
+    irreversible = PostNorm.irreversible
+
+    class Config(Wiring.Config):
+        """Norms before sublayers or behind them."""
+
+        after: Annotated[tuple[SublayerName, ...], Strict(False)] = field(
+            "sublayers whose sum is normed; the others read through their norm", example=("attn",)
+        )
+
+    def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
+        super().__init__(config, scope, names)
+        for name in config.after:
+            if name not in names:
+                raise Impossible("after", f"the block has no sublayer '{name}'", did_you_mean(name, names))
+        self.after = frozenset(config.after)
+
+    def forward(self, x: Tensor, sublayers: Mapping[str, nn.Module], ctx: Ctx) -> Tensor:
+        for name, sublayer, own in active(sublayers, ctx):
+            norm = self.norm[name]
+            if name in self.after:
+                x = norm(x + self.weigh(name, run(sublayer, x, own)))
+            else:
+                x = x + self.weigh(name, run(sublayer, x, own, norm))
         return x
 
 

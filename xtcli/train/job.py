@@ -20,6 +20,7 @@ from xtcli.data.batch import Batch
 from xtcli.data.loader import order_of, validation_batches
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.model import Model, build, skeleton
+from xtcli.parts.embed import longest_text
 from xtcli.parts.graphs import Graph
 from xtcli.registry import part_of
 from xtcli.train import initial
@@ -171,8 +172,7 @@ def _vocab_fits(tokenizer: Any, model: Graph, resolved: Resolved) -> None:
 def _context(resolved: Resolved, model: Model) -> int:
     asked = resolved.preset.train.context
     limit = model.context
-    limits = [getattr(module, "limit", None) for module in model.modules()]
-    learned = min((places for places in limits if isinstance(places, int)), default=None)
+    learned = longest_text(model)
     if asked is not None and learned is not None and asked > learned:
         raise refuse(
             f"sequences of {asked} tokens do not fit into {learned} positions",

@@ -17,8 +17,10 @@ from xtcli.convert.families.longformer import LONGFORMER
 from xtcli.convert.families.longt5 import LONGT5
 from xtcli.convert.families.luke import LUKE
 from xtcli.convert.families.mamba import MAMBA
+from xtcli.convert.families.mega import MEGA
 from xtcli.convert.families.mixtral import MIXTRAL
 from xtcli.convert.families.mobilebert import MOBILEBERT
+from xtcli.convert.families.prophetnet import PROPHETNET
 from xtcli.convert.families.reformer import REFORMER
 from xtcli.convert.families.roberta import ROBERTA
 from xtcli.convert.families.rwkv import RWKV
@@ -47,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     FNET,
     SQUEEZEBERT,
     MOBILEBERT,
+    MEGA,
     DEBERTA,
     DEBERTA_V2,
     REFORMER,
@@ -58,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     LUKE,
     BIG_BIRD,
     LONGT5,
+    PROPHETNET,
     VIT,
     VISION,
 )

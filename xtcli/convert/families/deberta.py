@@ -1,8 +1,6 @@
 """DeBERTa, both versions: disentangled attention over one table of distances.
 
 The second may have buckets of distances, and a convolution beside its first layer.
-
-The reference leaves queries at padding to see every key alike; such rows mean nothing and differ here.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtcli.convert.families import bert
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, given
+from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, given, pad
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Custom, Key, Options, Unexpressed
 from xtcli.convert.rules import TRANSPOSE, Interleave, Rule, layer, one
@@ -74,16 +72,16 @@ class Version:
         if width is not None:
             tree |= {"head_dim": width}
         if self.second:
-            tree |= self.buckets(options)
+            tree |= self.buckets(options, relative)
         elif options.get("talking_head", bool, False):
             tree["score"] = {"kind": "talking-heads"}
         return tree
 
-    def buckets(self, options: Options) -> dict[str, Any]:
+    def buckets(self, options: Options, relative: bool) -> dict[str, Any]:
         buckets = options.get("position_buckets", int, -1)
         normed = [word.strip() for word in options.get("norm_rel_ebd", str, "none").lower().split("|")]
         return {
-            "buckets": buckets if buckets > 0 else None,
+            "buckets": buckets if relative and buckets > 0 else None,
             "shared": options.get("share_att_key", bool, False),
             "distance_norm": {"kind": "inherit" if "layer_norm" in normed else "none"},
         }
@@ -171,7 +169,7 @@ class Version:
             "dim": self.dim,
             "context": CONTEXT,
             "dropout": DROPOUT,
-            "pad": Key("pad_token_id", int, 0),
+            "pad": pad(0),
             "norm": {"kind": "layer", "eps": Key("layer_norm_eps", float, 1e-7)},
             "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
             "embed": Custom(self.embed, self.write_embed),
@@ -218,9 +216,9 @@ class Version:
             dead=self.dead,
             drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
             prefixes=(trunk, ""),
-            fixed={"is_encoder_decoder": (False,), "is_decoder": (False,)},
+            fixed={"is_encoder_decoder": (False,)},
             neutral=frozenset(
-                "tie_word_embeddings legacy pooler_hidden_size pooler_hidden_act pooler_dropout cls_dropout "
+                "add_cross_attention is_decoder tie_word_embeddings legacy pooler_hidden_size pooler_hidden_act pooler_dropout cls_dropout "
                 "conv_groups conv_act".split()
             ),
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from xtcli.convert.families import bert
 from xtcli.convert.families.bert import DIM, DROPOUT, POOLER, TIED
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, is_zero
+from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, is_zero, pad
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Key
 from xtcli.convert.rules import Rule, layer, one
@@ -26,7 +26,7 @@ def _template(form: Form) -> dict[str, Any]:
         "dim": DIM,
         "context": Key("max_position_embeddings", int, 512),
         "dropout": DROPOUT,
-        "pad": Key("pad_token_id", int, 3),
+        "pad": pad(3),
         "norm": {"kind": "layer", "eps": Key("layer_norm_eps", float, 1e-12)},
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
         "embed": {
@@ -117,6 +117,6 @@ FNET = Family(
         Drop("embeddings.token_type_ids", "zeros", is_zero),
     ),
     prefixes=("fnet.", ""),
-    fixed={"is_encoder_decoder": (False,), "is_decoder": (False,), "use_tpu_fourier_optimizations": (False,)},
-    neutral=frozenset({"tpu_short_seq_length", "tie_word_embeddings"}),
+    fixed={"is_encoder_decoder": (False,), "use_tpu_fourier_optimizations": (False,)},
+    neutral=frozenset({"add_cross_attention", "is_decoder", "tpu_short_seq_length", "tie_word_embeddings"}),
 )

@@ -178,5 +178,15 @@ GPT2 = Family(
     ),
     prefixes=("transformer.", ""),
     fixed={"is_encoder_decoder": (False,)},
-    neutral=frozenset({"is_decoder", "n_ctx", "predict_special_tokens", *SUMMARY_KEYS}),
+    neutral=frozenset(
+        {
+            "is_decoder",
+            "n_ctx",
+            "predict_special_tokens",
+            "classifier_dropout",
+            "hidden_dropout",
+            "tie_word_embeddings",
+            *SUMMARY_KEYS,
+        }
+    ),
 )

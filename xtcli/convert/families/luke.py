@@ -1,7 +1,7 @@
 """LUKE: a RoBERTa that reads the entities of a text behind its words, with queries for each pair of kinds.
 
-Every class but those of tokens and answers has a pooler; those of masked words and of entities do not read theirs. The
-matrix of the entity head is always tied to the entity table, whatever ties the matrix of the words.
+Every class but those of tokens and answers has a pooler; those of masked words and of entities do not read theirs.
+The matrix of the entity head is always tied to the entity table, whatever ties the matrix of the words.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 from xtcli.convert.families import bert, roberta
 from xtcli.convert.families.bert import ACT, ATTENTION_DROPOUT, CLASSIFIER_DROPOUT, DIM, DROPOUT, POOLER, TIED
 from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS
-from xtcli.convert.families.fnet import unread_pooler
 from xtcli.convert.families.roberta import CONTEXT, PAD, ROWS
-from xtcli.convert.family import Family, Form, Shapes
+from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Key, table
 from xtcli.convert.rules import Rule, layer, one
 from xtcli.registry import Config
@@ -76,12 +75,17 @@ def _of_entities(count: int) -> dict[str, Any]:
 
 SEQUENCE = {"labels": LABELS, "pick": "pooled", "dropout": CLASSIFIER_DROPOUT, "problem": PROBLEM}
 FORMS = (
-    Form("LukeForMaskedLM", "luke.", {"mlm": {"act": "gelu", "tied": TIED, "output": "logits"}, "mep": {"act": ACT}}),
+    Form(
+        "LukeForMaskedLM",
+        "luke.",
+        {"mlm": {"act": "gelu", "tied": TIED, "output": "logits"}, "mep": {"act": ACT}},
+        POOLER,
+    ),
     Form("LukeModel", "", {}, POOLER),
     Form("LukeModel", "", {}),
-    Form("LukeForEntityClassification", "luke.", {"entity": _of_entities(1)}),
-    Form("LukeForEntityPairClassification", "luke.", {"entity": _of_entities(2)}),
-    Form("LukeForEntitySpanClassification", "luke.", {"entity-span": {"labels": LABELS, "dropout": DROPOUT}}),
+    Form("LukeForEntityClassification", "luke.", {"entity": _of_entities(1)}, POOLER),
+    Form("LukeForEntityPairClassification", "luke.", {"entity": _of_entities(2)}, POOLER),
+    Form("LukeForEntitySpanClassification", "luke.", {"entity-span": {"labels": LABELS, "dropout": DROPOUT}}, POOLER),
     Form("LukeForSequenceClassification", "luke.", {"sequence": SEQUENCE}, POOLER),
     Form("LukeForMultipleChoice", "luke.", {"choice": {"dropout": CLASSIFIER_DROPOUT}}, POOLER),
     Form("LukeForTokenClassification", "luke.", {"token": {"labels": LABELS, "dropout": CLASSIFIER_DROPOUT}}),
@@ -126,11 +130,6 @@ def _ties(config: Any, prefix: str) -> Mapping[str, str]:
     return tied
 
 
-def _dead(config: Any) -> Shapes:
-    """The pooler of the classes that have one and do not read it."""
-    return {} if {"token", "span"} & set(config.heads) else unread_pooler(config)
-
-
 LUKE = Family(
     name="luke",
     types=("luke",),
@@ -140,7 +139,6 @@ LUKE = Family(
     trunk=_trunk,
     heads=HEADS,
     ties=_ties,
-    dead=_dead,
     drops=roberta.DROPS,
     prefixes=("luke.", ""),
     fixed={"is_encoder_decoder": (False,)},

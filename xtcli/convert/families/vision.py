@@ -1,7 +1,7 @@
 """An image encoder and a text decoder that reads it: config.json and the names of both stand side by side.
 
-The encoder is saved with the pooler that it has by itself, which nothing reads. The reference measures its loss on labels
-that it shifts twice, to the right for the decoder's inputs and to the left for the loss; training here does not.
+The encoder is saved with the pooler that it has by itself, which nothing reads. The reference measures its loss on
+labels that it shifts twice, to the right for the decoder's inputs and to the left for the loss; training here does not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAVED = frozenset("is_encoder_decoder is_decoder add_cross_attention tie_word_em
 READS = {"is_decoder": True, "add_cross_attention": True}
 
 
-def _side(options: Options, name: str, sides: Sides, settled: Mapping[str, Any]) -> dict[str, Any]:
+def _side(options: Options, name: str, sides: Sides, settled: dict[str, Any]) -> dict[str, Any]:
     """The tree of one side as a model of its own; `settled` are options that it must have."""
     values = options.get(name, dict, {})
     kind = values.get("model_type")
@@ -58,7 +58,9 @@ def _load(options: Options, shift: bool | None) -> dict[str, Any]:
     encoder = _side(options, "encoder", ENCODERS, {})
     decoder = _side(options, "decoder", DECODERS, READS)
     shared = ("vocab", "dim", "context", "dropout", "norm", "init", "heads")
-    found = {"kind": "encoder-decoder", "share_tokens": False} | {name: decoder[name] for name in shared}
+    found: dict[str, Any] = {"kind": "encoder-decoder", "share_tokens": False} | {
+        name: decoder[name] for name in shared
+    }
     found["heads"] = {"lm": found["heads"]["lm"] | {"shift": shift}}
     found["encoder"] = {name: encoder[name] for name in ("dim", "dropout", "norm", "embed", "stack")}
     found["decoder"] = {name: decoder[name] for name in ("embed", "stack")}
@@ -105,7 +107,7 @@ def _apart(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return encoder, decoder
 
 
-def _written(side: Mapping[str, Any], sides: Sides, settled: Mapping[str, Any]) -> dict[str, Any]:
+def _written(side: Mapping[str, Any], sides: Sides, settled: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the first family that says what a side is."""
     reasons = []
     for kind, (family, form) in sides.items():
@@ -152,9 +154,7 @@ def _trunk(config: Config) -> Sequence[Rule]:
 
 def _ties(config: Config, prefix: str) -> Mapping[str, str]:
     _, (family, form, decoder) = _sides(config)
-    return {
-        f"decoder.{name}": f"decoder.{main}" for name, main in family.ties(decoder, form.prefix).items()
-    }
+    return {f"decoder.{name}": f"decoder.{main}" for name, main in family.ties(decoder, form.prefix).items()}
 
 
 def _dead(config: Any) -> Shapes:

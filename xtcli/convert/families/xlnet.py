@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation
+from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, pad
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Code, Custom, Key, Options, Switch, table
 from xtcli.convert.rules import TRANSPOSE, Chain, Heads, Rule, Unit, layer, one
@@ -67,7 +67,7 @@ def _template(form: Form) -> dict[str, Any]:
         "vocab": Key("vocab_size", int, 32000, ("n_token",)),
         "dim": DIM,
         "dropout": DROPOUT,
-        "pad": Key("pad_token_id", int, 5),
+        "pad": pad(5),
         "norm": {"kind": "layer", "eps": EPS},
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
         "embed": {"kind": "tokens", "segments": "scores", "dropout": DROPOUT},

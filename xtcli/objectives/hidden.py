@@ -1,0 +1,160 @@
+"""Masked spans (Song et al. 2019, MASS, arXiv:1905.02450; Qi et al. 2020, arXiv:2001.04063): runs of the text are hidden
+from the encoder, and the decoder says them.
+
+    text     the cat sat on the mat and went to sleep again
+    input    the cat <mask> <mask> dog mat and went to sleep again eos
+    target   sat on the eos
+
+A row is cut into pieces of `every` tokens, the last one shorter. In each piece round(density * tokens) tokens in a row
+are hidden, wherever they fit; every place is equally likely. A hidden token becomes the mask token (80 %), an ordinary
+token at random (10 %) or stays (10 %), so that the input is as long as the text. The target is what was hidden, in the
+order of the text. How many tokens ahead the decoder predicts at each place is the model's affair.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import model_validator
+
+from xtcli import registry
+from xtcli.data.order import Ints
+from xtcli.errors import refuse
+from xtcli.objectives.base import Documents, Objective, Sample, Split, Tokenizer, generator
+from xtcli.objectives.cuts import Cuts
+from xtcli.objectives.joined import Joined
+from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_little, too_short
+from xtcli.registry import field, part
+
+SMALLEST = 8
+"""Tokens of the smallest context: a run, text on both sides, and the end."""
+
+
+@part("objective", "masked-spans")
+class MaskedSpans(Objective):
+    """Hidden runs; `targets.lm` is aligned with `decoder_input_ids`, which begin with `start` (pad if None)."""
+
+    class Config(registry.Config):
+        """Runs of the text are hidden and said."""
+
+        density: float = field("share of the tokens that is hidden", 0.15, gt=0, lt=1)
+        every: int = field("tokens of the text that have one hidden run", 64, ge=2)
+        mask: float = field("share of the hidden tokens that become the mask token", 0.8, ge=0, le=1)
+        random: float = field("share of the hidden tokens that become ordinary tokens at random", 0.1, ge=0, le=1)
+        pack: Literal["stream", "none"] = field(
+            "stream: documents are joined with nothing between them and see each other; none: a row is one document "
+            "or a piece of it",
+            "stream",
+        )
+        multiple: int = field("pack none: rows are padded to the longest of a batch, rounded up to this many", 64, gt=0)
+
+        @model_validator(mode="after")
+        def _shares(self) -> Self:
+            if self.mask + self.random > 1:
+                raise ValueError(f"mask + random is {self.mask + self.random:g}, more than all hidden tokens")
+            return self
+
+    def __init__(
+        self,
+        config: Config,
+        split: Split,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        seed: int,
+        start: int | None = None,
+        validation: bool = False,
+    ) -> None:
+        multiple = min(config.multiple, context) if config.pack == "none" else 0
+        super().__init__(tokenizer, context=context, seed=seed, multiple=multiple)
+        self.config = config
+        self.masks = "needed"
+        if context < SMALLEST:
+            raise refuse(
+                f"a context of {context} tokens is too short to hide a part of it",
+                f"set train.context to {SMALLEST} or more",
+            )
+        self.hidden = self.need("mask", why="hiding spans")[0] if config.mask else -1
+        end = self.special.get("eos", self.special.get("sep"))
+        if end is None:
+            raise refuse(
+                "a decoder learns where to stop from an eos token, and the tokenizer has none",
+                "set tokenizer.special.eos",
+            )
+        self.end = end
+        self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
+        special = [*self.special.values(), *tokenizer.sentinels]
+        self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab), special)
+        if not self.ordinary.size:
+            raise refuse("every token of the tokenizer is special", "raise tokenizer.vocab")
+        self.block = context - 1
+        self.width = {"": context, "decoder_": int(self._lengths(self.block).sum()) + 1}
+        self.least = 2
+        self.documents = Documents.of(split.streams["text"], self.least)
+        total = self.documents.total
+        if total < self.least:
+            raise too_little(f"{count(total, 'token')}, and a row takes {self.least}", validation)
+        if config.pack == "none":
+            self.cuts = Cuts(self.documents, self.block)
+            self.samples = len(self.cuts)
+        else:
+            self.joined = Joined(self.documents)
+            self.samples = -(-total // self.block)
+            if total < self.block and not validation:
+                remedy = f"give more text, or set objective.pack=none or train.context to {total + 1} or less"
+                raise too_short(total, self.block, remedy)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        inputs, targets = self._hide(self._text(index), generator(self.seed, epoch, index))
+        decoder = np.concatenate([[self.start], targets[:-1]])
+        return {"input_ids": inputs, "decoder_input_ids": decoder, "targets.lm": targets, "id": np.array(index)}
+
+    def _text(self, index: int) -> Ints:
+        if self.config.pack == "none":
+            return self.documents.read(*self.cuts.at(index))
+        text: Ints = self.joined.tokens(*self.joined.block(index, self.block))[0]
+        return text
+
+    def _pieces(self, size: int) -> Ints:
+        """Lengths of the pieces of a text."""
+        begins = np.arange(0, size, self.config.every)
+        return np.diff(begins, append=size)
+
+    def _lengths(self, size: int) -> Ints:
+        """Hidden tokens of each piece; a text has one at least."""
+        lengths = np.round(self._pieces(size) * self.config.density).astype(np.int64)
+        lengths[0] = max(lengths[0], 1)
+        return lengths
+
+    def _hide(self, text: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        """(input_ids, targets), both ended by the end token."""
+        pieces, lengths = self._pieces(text.size), self._lengths(text.size)
+        begins = np.cumsum(pieces) - pieces + rng.integers(pieces - lengths + 1)
+        chosen = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, lengths, strict=True)])
+        inputs = text.copy()
+        roll = rng.random(chosen.size)
+        mask, random = self.config.mask, self.config.random
+        inputs[chosen[roll < mask]] = self.hidden
+        swapped = chosen[(roll >= mask) & (roll < mask + random)]
+        inputs[swapped] = self.ordinary[rng.integers(self.ordinary.size, size=swapped.size)]
+        return np.append(inputs, self.end), np.append(text[chosen], self.end)
+
+    def describe(self) -> str:
+        config, documents = self.config, count(len(self.documents), "document")
+        if config.pack == "none":
+            rows = [f"{documents} in {count(self.samples, 'row')}, padded", "no row has text of two documents"]
+        else:
+            rows = [f"{documents} end to end, nothing between them, in {count(self.samples, 'block')}", SHARED]
+            rows.append(repeated(self.samples, self.block, self.joined.total))
+        return clauses(
+            f"masked spans: {config.density:.4g} of every {count(config.every, 'token')} hidden in one run, "
+            f"{config.mask:.4g} of them masked and {config.random:.4g} swapped, drawn anew each epoch",
+            *rows,
+            f"targets have at most {count(self.width['decoder_'], 'token')} and end with id {self.end}",
+            f"the decoder starts from id {self.start}",
+            left_out(self.documents, self.least),
+        )
