@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from base_preset import ATTN, BASE, FFN
 
+from presets import DISTINCT
 from xtcli.config import library
 from xtcli.config.document import Path as TreePath
 from xtcli.config.document import parse, read
@@ -185,7 +186,7 @@ def renamed(tree: Any, path: TreePath, name: str) -> Any:
     return {key: renamed(value, path[1:], name) if key == path[0] else value for key, value in tree.items()}
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_misspelt_key_of_a_preset_is_refused_with_the_right_name(name: str) -> None:
     text = (library.folder() / f"{name}.yaml").read_text()
     tree = read(library.folder() / f"{name}.yaml").tree
@@ -199,7 +200,7 @@ def test_every_misspelt_key_of_a_preset_is_refused_with_the_right_name(name: str
     assert right >= 0.95 * total
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_misspelt_override_is_refused_with_the_right_path(name: str) -> None:
     found = load_preset(name)
     paths = [path for path in found.origins if not path.startswith(("version", "about", "expect"))]

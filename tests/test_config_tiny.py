@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 import pytest
 from pydantic import Strict
 
+from presets import NAMES, SIZES
 from xtcli.config import library
 from xtcli.config.preset import load_preset
 from xtcli.config.tiny import tiny
@@ -66,7 +67,7 @@ def kinds(node: Any) -> Any:
     return [kinds(item) for item in node] if isinstance(node, list) else None
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_preset_shrinks_to_a_small_model_of_the_same_structure(name: str) -> None:
     whole, small = load_preset(name), load_preset(name, tiny=True)
     for section in ("model", "objective", "tokenizer"):
@@ -98,3 +99,12 @@ def test_a_node_that_an_override_brings_shrinks_where_the_override_is_silent() -
 def test_the_vocabulary_of_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
     found = load_preset("gpt2-small", ["tokenizer={kind: file, path: tokenizer.json}"], tiny=True)
     assert found.preset.model.vocab == 50257  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_has_the_tiny_form_of_its_preset(name: str) -> None:
+    """So that tests of tiny forms may leave it out."""
+    base = yaml.safe_load((library.folder() / f"{name}.yaml").read_text(encoding="utf-8"))["extends"]
+    whole = load_preset(base if isinstance(base, str) else base["preset"], tiny=True).preset
+    found = load_preset(name, tiny=True).preset
+    assert (found.model, found.objective, found.tokenizer) == (whole.model, whole.objective, whole.tokenizer)

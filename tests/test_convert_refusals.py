@@ -155,7 +155,7 @@ OPTIONS = [
     ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
     ("gpt2", {"is_encoder_decoder": True}, "is_encoder_decoder: is True, which xt does not express"),
     ("gpt2", {"n_head": 5}, "5 heads do not divide dim 24"),
-    ("gpt2", {"resid_pdrop": 1.5}, "model.dropout"),
+    ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop"),
     ("gpt2", {"architectures": ["GPT2LMHeadModle"]}, "did you mean 'GPT2LMHeadModel'"),
     ("gpt2", {"architectures": ["A", "B"]}, "must name one class"),
     ("gpt2", {"model_type": "gpt3"}, "model_type 'gpt3' is no family that xt converts; did you mean 'gpt2'"),

@@ -86,6 +86,8 @@ FIRST: list[dict[str, Any]] = [
     {**BOTH, "talking_head": True},
     {"type_vocab_size": 2, "hidden_act": "gelu_new", "layer_norm_eps": 0.01, "num_hidden_layers": 3},
     {"embedding_size": 10, "type_vocab_size": 2, **BOTH},
+    {**BOTH, "max_relative_positions": 1, "pad_token_id": None},
+    {"is_decoder": True, "add_cross_attention": True, "padding_idx": 0, "pad_token_id": -1},
 ]
 SECOND: list[dict[str, Any]] = [
     *FIRST[:7],
@@ -96,6 +98,8 @@ SECOND: list[dict[str, Any]] = [
     {**BOTH, "conv_kernel_size": 3, "num_hidden_layers": 4, "share_att_key": True},
     {**BOTH, "position_buckets": 8, "max_relative_positions": 30, "norm_rel_ebd": "none"},
     {"norm_rel_ebd": "layer_norm", "position_buckets": 12},
+    {"norm_rel_ebd": "layer_norm", "position_buckets": 2},
+    *({**BOTH, "position_buckets": count} for count in (2, 3, 100)),
     {**NEWER, "attention_head_size": 6, "share_att_key": False, "pos_att_type": ["c2p"]},
 ]
 HEADS: list[tuple[str, dict[str, Any]]] = [
@@ -144,7 +148,7 @@ def test_files_come_back_byte_for_byte(name: str, options: dict[str, Any], tmp_p
     ("name", "options", "words"),
     [
         ("DebertaModel", {"pos_att_type": ["c2p", "p2p"]}, "pos_att_type"),
-        ("DebertaV2Model", {"conv_kernel_size": 4}, "no middle"),
+        ("DebertaV2Model", {"conv_kernel_size": 4}, "conv_kernel_size: is 4"),
         ("DebertaV2Model", {"relative_attentoin": True}, "relative_attention"),
         ("DebertaForSequenceClassification", {"pooler_hidden_size": 12}, "pooler_hidden_size"),
     ],

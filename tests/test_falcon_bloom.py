@@ -198,7 +198,10 @@ def test_what_is_not_expressed_is_refused_by_name(name: str, options: dict[str, 
     ("preset", "values"),
     [
         ("falcon-7b", {"num_attention_heads": 71, "multi_query": True, "parallel_attn": True, "alibi": False}),
-        ("bloom-560m", {"n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "pad_token_id": 3, "seq_length": 2048}),
+        (
+            "bloom-560m",
+            {"n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "pad_token_id": 3, "seq_length": 2048},
+        ),
     ],
 )
 def test_a_preset_is_the_released_model(preset: str, values: dict[str, Any]) -> None:

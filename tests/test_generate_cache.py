@@ -60,7 +60,9 @@ def test_row_in_a_batch_equals_row_alone(name: str) -> None:
             torch.testing.assert_close(alone, whole(model, text)[0, len(prompt) - 1 :], **EXACT)
 
 
-@pytest.mark.parametrize("name", ["rotary", "rotary-dynamic", "rotary-longrope", "alibi", "alibi-of-keys", "window", "t5-bias", "experts"])
+@pytest.mark.parametrize(
+    "name", ["rotary", "rotary-dynamic", "rotary-longrope", "alibi", "alibi-of-keys", "window", "t5-bias", "experts"]
+)
 def test_beyond_the_context(name: str) -> None:
     """Every step equals a fresh reading of the text so far, also where that forbids a cache."""
     model, prompt = lively(name, VOCAB), tokens(30)[0].tolist()

@@ -209,9 +209,9 @@ def test_files_become_numbers_of_the_stated_size_mean_and_deviation(tmp_path: Pa
     grey = Reader(ImageConfig(fit="crop"), (2, 2), 1).read(tmp_path / "a.png")
     assert grey.shape == (1, 2, 2)
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="b.png: is no image that can be read"):
+    with pytest.raises(UserError, match=r"b.png: is no image that can be read"):
         Reader(config, (4, 8), 3).read(tmp_path / "b.png")
-    with pytest.raises(UserError, match="objective.images.mean: has 3 numbers, and the model reads 1 channels"):
+    with pytest.raises(UserError, match=r"objective.images.mean: has 3 numbers, and the model reads 1 channels"):
         Reader(config, (4, 8), 1)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from xtcli.config import library
+from presets import DISTINCT
 from xtcli.config.preset import load_preset
 from xtcli.errors import UserError
 from xtcli.inspect import catalogue, compare
@@ -62,7 +62,7 @@ def test_differences_in_words(a: tuple[str, ...], b: tuple[str, ...], words: str
     assert "\n".join(str(item) for item in found if item.path.split(".")[0] == wanted or not words) == words
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_preset_does_not_differ_from_itself_and_differs_from_its_tiny_self(name: str) -> None:
     plain, small = load_preset(name), load_preset(name, tiny=True)
     assert compare.differences(plain, plain) == []

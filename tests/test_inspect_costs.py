@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from xtcli.config import library
+from presets import DISTINCT
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import UserError
 from xtcli.inspect import cost, memory
@@ -21,7 +21,7 @@ from xtcli.parts.context import KeyValues
 from xtcli.train.counting import Alive, Kernels
 from xtcli.train.plan import measure
 
-PRESETS = library.names()
+PRESETS = DISTINCT
 
 
 def test_flops_of_gpt2_small_in_closed_form() -> None:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from xtcli.config import library
+from presets import DISTINCT
 from xtcli.config.preset import load_preset
 from xtcli.inspect import modules, units
 from xtcli.model import construct, count, skeleton
 from xtcli.parts.stack import Block
 from xtcli.registry import find
 
-PRESETS = library.names()
+PRESETS = DISTINCT
 
 TREE = """\
 decoder                                                                                            188,736 parameters

@@ -46,6 +46,10 @@ CASES = [
     Case("LongformerForMaskedLM"),
     Case("LongformerForMaskedLM", {"attention_window": [4, 8]}),
     Case("LongformerForMaskedLM", {"attention_window": [16, 4], "hidden_act": "gelu_new", "pad_token_id": 5}),
+    Case(
+        "LongformerModel",
+        {"attention_mode": "longformer", "ignore_attention_mask": False, "position_embedding_type": "absolute"},
+    ),
     Case("LongformerForMaskedLM", {"attention_window": 64}),
     Case("LongformerForMaskedLM", {"tie_word_embeddings": False, "type_vocab_size": 1, "layer_norm_eps": 0.01}),
     Case("LongformerForQuestionAnswering", {"attention_window": [6, 12], "sep_token_id": 60}),
@@ -53,6 +57,7 @@ CASES = [
     Case("BigBirdForPreTraining", {"num_random_blocks": 1, "block_size": 3}, (1, 22, 23, 64)),
     Case("BigBirdForPreTraining", FULL | {"tie_word_embeddings": False}),
     Case("BigBirdForMaskedLM"),
+    Case("BigBirdForMaskedLM", {"pad_token_id": None}),
     Case("BigBirdForMaskedLM", {"use_bias": False, "rescale_embeddings": True, "hidden_act": "relu"}),
     Case(
         "BigBirdForMaskedLM", {"block_size": 7, "num_random_blocks": 3, "max_position_embeddings": 126}, (77, 78, 111)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from xtcli.convert import convert
 from xtcli.errors import UserError
+from xtcli.model import Model, construct
+from xtcli.parts.context import Ctx
+from xtcli.registry import find
+from xtcli.train.transforms import compile_blocks
 
 PAD, ENTITIES = 1, 23
 SIZES: dict[str, Any] = {
@@ -174,8 +178,163 @@ def test_equals_the_reference(name: str, options: dict[str, Any]) -> None:
 def test_files_come_back_byte_for_byte(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     theirs = reference(name, options)
     source = save(theirs, tmp_path / "source")
-    convert(source, tmp_path / "ours", family="auto")
+    report = convert(source, tmp_path / "ours", family="auto", verify=True)
+    assert report.verified is not None and report.verified["worst"] < TOLERANCE
     convert(tmp_path / "ours", tmp_path / "back", to="hf")
     assert same(tensors(source), tensors(tmp_path / "back"))
     more = {key: value for key, value in options.items() if key == "add_pooling_layer"}
     opens_cleanly(tmp_path / "back", type(theirs), **more)
+
+
+def test_published_options_without_effect_are_taken(tmp_path: Path) -> None:
+    source = save(reference("LukeForMaskedLM", {}), tmp_path / "source")
+    config = source / "config.json"
+    said = {"bert_model_name": "roberta-base", "position_embedding_type": "absolute", "cls_entity_prediction": False}
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    convert(source, tmp_path / "ours", family="auto")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"entity_bias": True}))
+    with pytest.raises(UserError, match="entity_bias"):
+        convert(source, tmp_path / "again", family="auto")
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """A small model with entities; `changes` are of its stack."""
+    attn = {"kind": "entity-aware", "heads": 4}
+    stack = {
+        "kind": "entities",
+        "layers": 2,
+        "entities": {"vocab": 9, "width": 8},
+        "block": {"sublayers": {"attn": attn, "ffn": {"kind": "mlp", "hidden": 48}}},
+    }
+    return {"vocab": 67, "dim": 32, "context": 32, "stack": stack | changes, "heads": {"mlm": {}, "mep": {}}}
+
+
+def make(config: dict[str, Any], graph: str = "encoder") -> Model:
+    model = construct(find("graph", graph).Config.model_validate(config)).to_empty(device="cpu")  # type: ignore[attr-defined]
+    model.initialise(0)
+    return model.double().eval()  # type: ignore[no-any-return]
+
+
+def given() -> dict[str, Tensor]:
+    found = {"input_ids": whole(67, 2, 12), "attention_mask": mask(2, 12, "right")}
+    entities = {"entity_ids": whole(9, 2, 4), "entity_position_ids": whole(12, 2, 4, 3)}
+    return found | entities | {"entity_attention_mask": mask(2, 4, "right")}
+
+
+def four_products(attn: Any, x: Tensor, ctx: Ctx) -> Tensor:
+    """Entity-aware attention as the paper writes it: scores of each pair of kinds by themselves."""
+    cut = x.shape[1] - ctx.behind
+    words, entities = x[:, :cut], x[:, cut:]
+    k, v = attn.split(attn.k(x), attn.groups), attn.split(attn.v(x), attn.groups)
+    k, v = (one.repeat_interleave(attn.heads // attn.groups, 1) for one in (k, v))
+    rows = []
+    for asks, to_words, to_entities in ((words, attn.q, attn.q_entity), (entities, attn.entity_q_word, attn.entity_q)):
+        parts = [
+            attn.split(query(asks), attn.heads) @ keys.transpose(-1, -2)
+            for query, keys in ((to_words, k[:, :, :cut]), (to_entities, k[:, :, cut:]))
+        ]
+        rows.append(torch.cat(parts, -1))
+    scores = torch.cat(rows, 2) * attn.scale
+    if ctx.keep is not None:
+        scores = scores.masked_fill(~ctx.keep[:, None, None], float("-inf"))
+    return attn.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_faces_are_four_products(kv_heads: int | None, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tree()
+    config["stack"]["block"]["sublayers"]["attn"]["kv_heads"] = kv_heads
+    model, inputs = make(config), given()
+    if not padded:
+        inputs = {name: value for name, value in inputs.items() if not name.endswith("mask")}
+    targets = {"mlm": inputs["input_ids"], "mep": inputs["entity_ids"]}
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        terms = model.losses(inputs, targets)
+        loss = terms["mlm"].mean() + terms["mep"].mean()
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    loss, gradients = run()
+    attn: Any = model.stack.blocks[0].attn  # type: ignore[union-attr, index]
+    monkeypatch.setattr(type(attn), "forward", four_products)
+    slow, expected = run()
+    torch.testing.assert_close(loss, slow)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-7)
+
+
+def test_padded_and_absent_entities_change_nothing() -> None:
+    model, inputs = make(tree()), given()
+    inputs["entity_attention_mask"] = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    short = {name: value[:, :2] if name.startswith("entity") else value for name, value in inputs.items()}
+    whole_, cut = model(**inputs), model(**short)
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(whole_.last_hidden_state[kept], cut.last_hidden_state[kept])
+    torch.testing.assert_close(whole_.entity_last_hidden_state[:, :2], cut.entity_last_hidden_state)
+    alone = model(input_ids=inputs["input_ids"])
+    assert alone.entity_last_hidden_state is None and alone.entity_logits is None and alone.logits is not None
+    hidden = model(**short, output_hidden_states=True)
+    assert [one.shape for one in hidden.entity_hidden_states] == [(2, 2, 32)] * 3
+    assert [one.shape for one in hidden.hidden_states] == [(2, 12, 32)] * 3
+
+
+def test_blocks_with_entities_compile_without_a_graph_break() -> None:
+    model, inputs = make(tree()), given()
+    expected = model(**inputs).entity_logits
+    torch._dynamo.reset()
+    compile_blocks(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(**inputs).entity_logits, expected)
+
+
+BLOCK = tree()["stack"]["block"]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (tree(position="rotary"), "entities have no place in the row"),
+    (tree(position={"kind": "t5", "buckets": 8, "furthest": 20}), "entities have no place in the row"),
+    (tree(position={"kind": "shaw", "distance": 5}), "entities have no place in the row"),
+    (
+        tree(
+            block={
+                "sublayers": {
+                    "attn": {"kind": "entity-aware", "heads": 4, "mask": {"kind": "window", "left": 2, "right": 2}}
+                }
+            }
+        ),
+        "sees keys by their place",
+    ),
+    (tree(block={"sublayers": {"mixer": {"kind": "fourier"}}}), "mixes places by their order"),
+    (tree(block={"sublayers": {"attn": {"kind": "entity-aware", "heads": 4, "memory": 2}}}), "in a way of its own"),
+    (tree(recurrence={"length": 4}), "runs blocks more than once"),
+    (tree() | {"memory_tokens": 2}, "memory tokens have no place in entity_"),
+    (tree() | {"stack": {"layers": 2, "block": BLOCK}}, "there are no entities in this stack"),
+    (
+        tree() | {"stack": {"layers": 2, "block": {"sublayers": {"attn": {"kind": "attention", "heads": 4}}}}},
+        "it reads entities, and the model has none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_entities_cannot_stand_behind_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make(config)
+
+
+def test_a_decoder_reads_no_entities() -> None:
+    with pytest.raises(UserError, match="sees both ways"):
+        make(tree() | {"heads": {"lm": {}}}, "decoder")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"entity_ids": None}, ValueError, "without entity_ids"),
+        ({"entity_position_ids": None}, ValueError, "entity_position_ids none"),
+        ({"document_ids": torch.zeros(2, 12, dtype=torch.long)}, UserError, "a row of its own"),
+        ({"entity_ids": None, "entity_position_ids": None, "entity_attention_mask": None}, ValueError, "no entity_ids"),
+    ],
+)
+def test_inputs_that_do_not_belong_together_are_refused(change: Any, error: type[Exception], words: str) -> None:
+    inputs = {name: value for name, value in (given() | change).items() if value is not None}
+    with pytest.raises(error, match=words):
+        make(tree())(**inputs, entity_labels=whole(9, 2, 4))

@@ -17,8 +17,8 @@ from xtcli.model import Model, construct
 TOLERANCE = 2e-5
 
 ACTIVATIONS = (
-    "gelu gelu_python gelu_pytorch_tanh gelu_new gelu_python_tanh gelu_accurate gelu_fast quick_gelu relu relu2 relu6 "
-    "silu swish tanh sigmoid mish leaky_relu laplace linear"
+    "gelu gelu_python gelu_pytorch_tanh gelu_new gelu_python_tanh gelu_accurate gelu_fast gelu_10 quick_gelu relu relu2 "
+    "relu6 silu swish tanh sigmoid mish leaky_relu laplace linear"
 ).split()
 
 
@@ -36,6 +36,7 @@ DECODES = {"is_decoder": True, "use_cache": False}
 
 CASES = [
     Case("GPT2Model"),
+    Case("GPT2Model", {"tie_word_embeddings": False, "classifier_dropout": 0.2, "hidden_dropout": 0.3}, lengths=(17,)),
     Case("GPT2LMHeadModel", lengths=(1, 17, 48)),
     *(Case("GPT2LMHeadModel", {"activation_function": name}, lengths=(17,)) for name in ACTIVATIONS),
     Case("GPT2LMHeadModel", {"n_inner": 40, "layer_norm_epsilon": 0.01, "n_head": 1, "n_layer": 3}),

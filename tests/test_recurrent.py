@@ -127,6 +127,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MambaForCausalLM", {"use_bias": True, "use_conv_bias": False}),
     ("MambaForCausalLM", {"state_size": 5, "conv_kernel": 2, "expand": 3, "time_step_rank": 7}),
     ("MambaForCausalLM", {"expand": 1.5, "conv_kernel": 6, "num_hidden_layers": 3}),
+    ("MambaForCausalLM", {"conv_kernel": 1}),
     ("MambaForCausalLM", {"residual_in_fp32": False, "hidden_act": "gelu"}),
     ("MambaForCausalLM", {"rescale_prenorm_residual": True, "time_step_init_scheme": "constant", "pad_token_id": None}),
     ("RwkvModel", {}),

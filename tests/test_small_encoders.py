@@ -123,6 +123,7 @@ COMMON: list[tuple[str, dict[str, Any]]] = [
 ]
 CASES = [(prefix + name, options) for prefix in FAMILY for name, options in COMMON] + [
     ("FNetModel", {"add_pooling_layer": False}),
+    ("FNetModel", {"pad_token_id": None, "is_decoder": True, "add_cross_attention": True}),
     ("FNetForPreTraining", {}),
     ("FNetForPreTraining", {"tie_word_embeddings": False, "chunk_size_feed_forward": 1}),
     ("FNetForNextSentencePrediction", {}),
@@ -141,6 +142,8 @@ CASES = [(prefix + name, options) for prefix in FAMILY for name, options in COMM
     ("MobileBertForMaskedLM", {"use_bottleneck_attention": True, "key_query_shared_bottleneck": False}),
     ("MobileBertForMaskedLM", {"key_query_shared_bottleneck": False, "intra_bottleneck_size": 24}),
     ("SqueezeBertModel", GROUPS),
+    ("SqueezeBertForMaskedLM", {"is_decoder": True, "add_cross_attention": True}),
+    ("MobileBertModel", {"pad_token_id": None, "add_cross_attention": True}),
     ("SqueezeBertForMaskedLM", GROUPS | {"num_attention_heads": 3}),
 ]
 

@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (LM, {"mem_len": 3, "reuse_len": 5}),
     (LM, {"use_mems_eval": False}),
     (LM, {"use_cache": False}),
+    (LM, {"pad_token_id": None}),
     (LM, {"untie_r": False, "use_mems_train": True, "initializer_range": 0.1, "dropout": 0.3}),
     (LM, {"tie_word_embeddings": False}),
     (LM, {"ff_activation": "relu", "layer_norm_eps": 0.01, "n_layer": 3, "n_head": 2}),

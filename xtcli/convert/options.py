@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from xtcli.errors import Problem, did_you_mean
 
 REQUIRED = object()
+MOST_KEYS = 4
 OMIT = object()
 """A mark that loads as this leaves its key out of the tree."""
 
@@ -58,11 +59,11 @@ class Options:
         return value
 
     def keys_of(self, path: str) -> str:
-        """The keys that an entry of the tree was made of; the entry itself where it was made of none."""
+        """The keys that an entry of the tree was made of; the entry itself where they are none, or too many to help."""
         entry = path
         while entry:
-            if self.origins.get(entry):
-                return ", ".join(self.origins[entry])
+            if keys := self.origins.get(entry):
+                return ", ".join(keys) if len(keys) <= MOST_KEYS else path
             entry = entry.rpartition(".")[0]
         return path
 

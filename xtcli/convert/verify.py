@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,10 @@ def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
     plain = torch.tensor([number for number in range(config.vocab) if number not in special] or [0])
     # Without a padding token the reference labels one text at a time.
     rows = 1 if head is not None and config.pad is None else ROWS
-    length = min(LENGTH, config.context or LENGTH)
+    model = construct(config)
+    # Some take whole chunks alone.
+    whole = math.lcm(*(getattr(module, "multiple", 1) for module in model.modules()))
+    length = -(-min(LENGTH, config.context or LENGTH) // whole) * whole
 
     def ids(width: int) -> Tensor:
         return plain[torch.randint(len(plain), (rows, width), generator=generator)]
@@ -150,7 +154,7 @@ def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
     elif config.memory is not None and "encoder_hidden_states" in accepted:
         inputs["encoder_hidden_states"] = torch.randn(rows, 5, config.memory, generator=generator)
     # What is no text, such as an image, or stands beside it.
-    for name, blank in construct(config).blank(rows, length, torch.device("cpu")).items():
+    for name, blank in model.blank(rows, length, torch.device("cpu")).items():
         if blank.is_floating_point():
             inputs[name] = torch.randn(blank.shape, generator=generator)
         elif name not in inputs and name in accepted:

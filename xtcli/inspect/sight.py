@@ -159,7 +159,7 @@ def sight_of(stack: Stack, module: nn.Module) -> Sight:
         if isinstance(part, nn.Module)
     ]
     named = _kind(relative) if isinstance(relative, nn.Module) else ""
-    return Sight(found.rule, found.bias, turn, named, " + ".join(kinds), kept=_kept(module))
+    return Sight(found.rule, found.bias, turn, named, " + ".join(kinds), kept=_kept(module), note=note or "")
 
 
 def _kept(module: nn.Module) -> int:

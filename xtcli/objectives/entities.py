@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -168,9 +169,10 @@ class MaskedEntities(MaskedLM):
         config: Any = self.config
         return clauses(
             super().describe(),
-            f"entities: the {count(len(config.names), 'name')} that occur most often in the data (capitalised words, "
-            f"identifiers with '_' or a capital inside), and a mention is every place where one stands as a whole word",
-            f"{config.hide:.4g} of the mentions of a row, of {config.most:,} at most, are hidden, apart from their words",
+            "the text has no marks of entities: they are the "
+            f"{count(len(config.names), 'name')} that occur most often in the data (capitalised words, "
+            "identifiers with '_' or a capital inside), and mentions are the places where these stand as whole words",
+            f"{config.hide:.4g} of the mentions of a row, {config.most:,} at most, are hidden, apart from their words",
         )
 
 
@@ -195,7 +197,7 @@ class Mentions:
         begins[1:] |= alone[:-1]
         edges = [*np.flatnonzero(begins).tolist(), tokens.size]
         found = []
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             piece = tokens[begin:end]
             key = piece.tobytes()
             if key not in self.known:
@@ -218,12 +220,10 @@ class Mentions:
 
 def is_name(word: str) -> bool:
     """Whether a word is capitalised, or an identifier of several parts."""
+    if len(word) < SHORTEST or word[0].isdigit():
+        return False
     inner = word.strip("_")
-    return (
-        len(word) >= SHORTEST
-        and not word.isdecimal()
-        and (word[0].isupper() or "_" in inner or inner[1:] != inner[1:].lower())
-    )
+    return word[0].isupper() or "_" in inner or inner[1:] != inner[1:].lower()
 
 
 def frequent(texts: Iterable[str], size: int) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Masked spans (Song et al. 2019, MASS, arXiv:1905.02450; Qi et al. 2020, arXiv:2001.04063): runs of the text are hidden
-from the encoder, and the decoder says them.
+"""Masked spans (Song et al. 2019, MASS, arXiv:1905.02450; Qi et al. 2020, arXiv:2001.04063): the encoder reads a text
+of which runs are hidden, and the decoder says them.
 
     text     the cat sat on the mat and went to sleep again
     input    the cat <mask> <mask> dog mat and went to sleep again eos

@@ -1,7 +1,7 @@
 """Pointwise activations by the field's names.
 
 `gelu` is exact (erf), `gelu_tanh` the tanh form, `gelu_fast` the tanh form with its constants
-rounded as older checkpoints have it, `quick_gelu` x sigmoid(1.702 x), `relu2` relu squared.
+rounded as older checkpoints have it, `gelu_10` gelu up to 10, `quick_gelu` x sigmoid(1.702 x), `relu2` relu squared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Activation = Literal[
     "gelu",
     "gelu_tanh",
     "gelu_fast",
+    "gelu_10",
     "quick_gelu",
     "relu",
     "relu2",
@@ -35,6 +36,10 @@ Activation = Literal[
 
 def _gelu_fast(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _gelu_10(x: Tensor) -> Tensor:
+    return F.gelu(x).clamp(-10.0, 10.0)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -57,6 +62,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_fast": _gelu_fast,
+    "gelu_10": _gelu_10,
     "quick_gelu": _quick_gelu,
     "relu": F.relu,
     "relu2": _relu2,

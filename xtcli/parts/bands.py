@@ -4,9 +4,9 @@
     window   C >= radius: what lies within `radius` of a block is in the blocks before, at and after it, K = 3 C
     strands  a window with dilation d is one without in each of the d strands of every d-th place
 
-Blocks are handed to the ordinary kernels as rows of a batch or as heads, `SLAB` scores at a time; with gradients each slab is
-computed again on the way back, so that the scores of one are held and not those of the text. A text that its window
-nearly spans is one dense block.
+Blocks are handed to the ordinary kernels as rows of a batch or as heads, `SLAB` scores at a time; with gradients each
+slab is computed again on the way back, so that the scores of one are held and not those of the text. A text that its
+window nearly spans is one dense block.
 
 Axes: B rows, H query heads, G key/value heads, T places, D head width, N blocks, C queries and K keys of a block,
 E keys that every block sees besides.

@@ -3,7 +3,7 @@
     score(i, j) = (q_i k_j + q_i K(r_ij) + k_j Q(r_ij)) / sqrt(d (1 + terms)),   r_ij a vector for the distance i - j
 
 The table of distance vectors is one for the stack. K and Q are projections of their own, or those of the content.
-Distances beyond half the buckets share them logarithmically (arXiv:2111.09543). Queries at padding weigh all keys alike.
+Distances beyond half the buckets share them logarithmically (arXiv:2111.09543).
 """
 
 from __future__ import annotations
@@ -41,16 +41,6 @@ def log_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
     end = torch.log(torch.tensor((furthest - 1) / middle, device=distance.device))
     far = torch.ceil(torch.log(size / middle) / end * (middle - 1)) + middle
     return torch.where(distance.abs() <= middle, distance, (far * distance.sign()).long())
-
-
-def unmasked(visible: Visible, real: Tensor) -> Visible:
-    """The mask, but for queries that are not `real` (B, 1, T, 1), which see every key."""
-    mask = visible.mask
-    if visible.causal:
-        mask = torch.ones(real.shape[2], real.shape[2], dtype=torch.bool, device=real.device).tril()
-    if mask is None:
-        return visible
-    return Visible(mask | ~real if mask.dtype == torch.bool else mask.masked_fill(~real, 0.0))
 
 
 class Distances(nn.Module):
@@ -125,12 +115,8 @@ class Disentangled(Attention):
         """x (B, T, dim) -> (B, T, dim)."""
         q = self.q_norm(self.split(self.q(x), self.heads))
         k, v = self.recall(self.k_norm(self.split(self.k(x), self.heads)), self.split(self.v(x), self.heads), ctx)
-        real, visible = None, ctx.visible[self.view]
-        if ctx.keep is not None:
-            real = ctx.keep[:, None, ctx.offset : ctx.offset + q.shape[2], None]
-            q, visible = q * real, unmasked(visible, real)
         if not self.terms:
-            return self.attend(q, k, v, visible, x, ctx)
+            return self.attend(q, k, v, ctx.visible[self.view], x, ctx)
         vectors = self.distance_dropout(ctx.turns[self.distances])[None]
         rows = self.rows(ctx, q.shape[2])[:, None].expand(q.shape[0], self.heads, -1, -1)
         extra = torch.zeros((), dtype=q.dtype, device=q.device)
@@ -140,8 +126,7 @@ class Disentangled(Attention):
         if "p2c" in self.terms:
             queries = self.split((self.distance_q or self.q)(vectors), self.heads)
             extra = extra + (k @ queries.transpose(-1, -2)).gather(-1, rows.transpose(-1, -2)).transpose(-1, -2)
-        extra = extra * self.scale if real is None else extra * self.scale * real
-        return self.weigh(q, k, v, extra, visible, x, ctx)
+        return self.weigh(q, k, v, extra * self.scale, ctx.visible[self.view], x, ctx)
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor, visible: Visible, x: Tensor, ctx: Ctx) -> Tensor:
         """Attention with scores (B, H, T, S) added to those of the content: (B, T, dim)."""

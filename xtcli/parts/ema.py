@@ -31,6 +31,12 @@ def powers(log_keep: Tensor, count: int) -> Tensor:
     return torch.exp(log_keep[..., None] * torch.arange(count, device=log_keep.device))
 
 
+def taps_of(weight: Tensor, log_keep: Tensor, count: int) -> Tensor:
+    """The first taps of the kernels of w, log p (C, N): (C, count)."""
+    # Not a product of matrices, which autocast would make in few digits.
+    return (weight[..., None] * powers(log_keep, count)).sum(1)
+
+
 def convolved(x: Tensor, ahead: Tensor, back: Tensor | None = None) -> Tensor:
     """y_t = sum over l of ahead_l x_(t-l) + back_l x_(t+l); x (B, C, T), kernels (C, L) -> (B, C, T)."""
     tokens = x.shape[-1]
@@ -38,7 +44,8 @@ def convolved(x: Tensor, ahead: Tensor, back: Tensor | None = None) -> Tensor:
     spectrum = torch.fft.rfft(ahead, n=size)
     if back is not None:
         spectrum = spectrum + torch.fft.rfft(back, n=size).conj()
-    return torch.fft.irfft(torch.fft.rfft(x, n=size) * spectrum, n=size)[..., :tokens]
+    y: Tensor = torch.fft.irfft(torch.fft.rfft(x, n=size) * spectrum, n=size)
+    return y[..., :tokens]
 
 
 def ema_steps(
@@ -58,7 +65,7 @@ def packed(x: Tensor, weight: Tensor, log_keep: Tensor, state: Tensor, documents
     """`ema_steps` in pieces of the text."""
     length = min(PIECE, x.shape[-1])
     falls = powers(log_keep, length + 1)
-    kernel = torch.einsum("cn,cnl->cl", weight, falls)
+    kernel = taps_of(weight, log_keep, length)
     lags = torch.arange(length, device=x.device)[:, None] - torch.arange(length, device=x.device)
     table = kernel[:, lags.clamp(min=0)] * (lags >= 0)  # (C, L, L)
     before, made = documents[:, :1], []
@@ -102,8 +109,9 @@ class DampedEma(nn.Module):
     def __init__(self, dim: int, states: int, both: bool, taps: int | None, spread: Spread) -> None:
         super().__init__()
         self.both, self.taps, self.spread = both, taps, spread
-        for name in ("damping", "decay", "expand", "contract"):
-            self.register_parameter(name, nn.Parameter(torch.empty(2 * dim if both else dim, states)))
+        shape = (2 * dim if both else dim, states)
+        self.damping, self.decay = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+        self.expand, self.contract = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
         self.skip = nn.Parameter(torch.empty(dim))
 
     def draw(self, normal: Draw) -> None:
@@ -136,18 +144,21 @@ class DampedEma(nn.Module):
         With a state of inputs, `documents` begins with theirs.
         """
         line = widen(x if real is None else x * real[..., None]).transpose(1, 2)
-        weight, log_keep = self.coefficients()
-        tokens = line.shape[-1]
-        if state is not None and self.taps is not None:
-            line = torch.cat((state, line), -1)
-            next_state = line[..., line.shape[-1] - state.shape[-1] :].detach()
-            y = self.whole(line, weight, log_keep, documents)[..., -tokens:]
-        elif state is not None:
-            y, last = self.go_on(line, weight, log_keep, documents, state)
-            next_state = last.detach()
-        else:
-            y, next_state = self.whole(line, weight, log_keep, documents), None
+        with torch.autocast(x.device.type if x.device.type in ("cpu", "cuda") else "cpu", enabled=False):
+            y, next_state = self.average(line, documents, state)
         return F.silu(y.transpose(1, 2).to(x.dtype) + x * self.skip), next_state
+
+    def average(self, line: Tensor, documents: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """line, y (B, D, T) in at least float32."""
+        weight, log_keep = self.coefficients()
+        if state is None:
+            return self.whole(line, weight, log_keep, documents), None
+        if self.taps is None:
+            y, last = self.go_on(line, weight, log_keep, documents, state)
+            return y, last.detach()
+        tokens, line = line.shape[-1], torch.cat((state, line), -1)
+        y = self.whole(line, weight, log_keep, documents)[..., -tokens:]
+        return y, line[..., line.shape[-1] - state.shape[-1] :].detach()
 
     def whole(self, x: Tensor, weight: Tensor, log_keep: Tensor, documents: Tensor | None) -> Tensor:
         """A text from its beginning: x, y (B, D, T)."""
@@ -159,7 +170,7 @@ class DampedEma(nn.Module):
                 y = y + cut_short(*turned).flip(-1)
             return y
         count = tokens if self.taps is None else min(self.taps, tokens)
-        kernel = torch.einsum("cn,cnl->cl", weight, powers(log_keep, count))
+        kernel = taps_of(weight, log_keep, count)
         return convolved(x, kernel[:channels], kernel[channels:] if self.both else None)
 
     def go_on(
@@ -172,7 +183,7 @@ class DampedEma(nn.Module):
         if documents is not None:
             return packed(x, weight, log_keep, state, documents)
         falls = powers(log_keep, tokens + 1)
-        y = convolved(x, torch.einsum("cn,cnl->cl", weight, falls[..., :tokens]))
+        y = convolved(x, taps_of(weight, log_keep, tokens))
         y = y + torch.einsum("bcn,cnl->bcl", state * weight, falls[..., 1:])
         return y, falls[..., tokens] * state + torch.einsum("bcl,cnl->bcn", x, falls[..., :tokens].flip(-1))
 

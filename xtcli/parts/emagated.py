@@ -99,7 +99,7 @@ class DistanceWaves(nn.Module):
         one, two = widen(self.b).chunk(2)
         cos, sin = angles.cos(), angles.sin()
         turned = torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
-        return turned @ widen(self.a)
+        return (turned * widen(self.a)).sum(-1)
 
 
 @dataclass
@@ -116,7 +116,10 @@ class EmaState:
 
 @part("mixer", "ema-gated")
 class EmaGated(nn.Module):
-    """Gated attention of one head over a moving average. Its gate decides how much of the stream it keeps."""
+    """Gated attention of one head over a moving average. Its gate decides how much of the stream it keeps.
+
+    `multiple`: what the length of a whole text is a multiple of, where it is longer.
+    """
 
     reads_stream = True
     irreversible = "a gate mixes the stream with what is made of it"
@@ -173,6 +176,7 @@ class EmaGated(nn.Module):
             near = Chunks.Config(chunk=config.chunk, before=0, after=0)
             rule = masks.AllOf.Config(of=(masks.CAUSAL, near)) if scope.causal else near
         self.rule = rule
+        self.multiple = config.chunk or 1
 
     def draw(self, normal: Draw) -> None:
         """Small weights of queries and keys, no biases."""

@@ -15,12 +15,10 @@ nothing to say of it and are refused. Axes: B batch, T words, E entities, M plac
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xtcli import registry
 from xtcli.errors import refuse
 from xtcli.parts import norms
 from xtcli.parts.attention import Attention
@@ -36,6 +34,7 @@ LAST, TRACE = "entity_last_hidden_state", "entity_hidden_states"
 TABLE = "entity table"
 """The name in the ledger of the table that heads are tied to."""
 
+SEES = "entities stand behind the words, and each sees all of both"
 PAD, UNKNOWN, HIDDEN = 0, 1, 2
 """Rows of the table that stand for no entity, for one that has no row, and for one that is to be named."""
 FIRST = 3
@@ -170,6 +169,7 @@ class EntityStack(Stack):
                 if type(sublayer) not in (Attention, EntityAware):
                     cause = f"its '{name}' mixes places by their order, and entities have none"
                     raise Impossible("block", cause, "use mixers of kind attention or entity-aware")
+                sublayer.sees = SEES
                 if sublayer.relative is not None or isinstance(sublayer.place, nn.Module):
                     raise Impossible("position", "entities have no place in the row", "set it to none")
         shared = self.shared

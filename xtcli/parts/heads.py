@@ -85,6 +85,10 @@ class Head(nn.Module):
         """The loss of aligned targets."""
         raise AssertionError("a head must give a loss")
 
+    def measured(self, hidden: Hidden, targets: Tensor) -> Tensor:
+        """The loss of one batch by itself, as `forward` gives it."""
+        return self.loss(hidden, targets).mean()
+
     def noted(self, hidden: Hidden, targets: Tensor) -> dict[str, Tensor]:
         """Outputs that exist only beside targets."""
         return {}
@@ -164,7 +168,9 @@ class LanguageModel(Head):
         transform: Annotated[Config, Slot("transform")] = field("what comes before the matrix", NoTransform.Config())
         shift: bool | None = field("labels are shifted to their successors; null = in a causal model", None)
         smoothing: float = field("share of each target that is spread over the vocabulary", 0.0, ge=0, lt=1)
-        further: float = field("weight in the loss of each stream that predicts further ahead, beside the first", 1.0, ge=0)
+        further: float = field(
+            "weight in the loss of each stream that predicts further ahead, beside the first", 1.0, ge=0
+        )
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
@@ -231,7 +237,9 @@ class MaskedLanguageModel(Head):
         act: Activation = field("activation of the transform", "gelu")
         norm: NormSlot = field("norm of the transform", norms.INHERIT)
         tied: bool = field("uses the token table as its matrix", True)
-        extended: bool = field("as wide as the states: columns of its own stand beside those of a narrower table", False)
+        extended: bool = field(
+            "as wide as the states: columns of its own stand beside those of a narrower table", False
+        )
         output: Literal["logits", "prediction_logits"] = field("name of its output", "logits")
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -320,11 +328,19 @@ class Span(Head):
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         """targets (B, 2): first and last place of the answer; a place beyond the text is left out."""
+        start, end = self.ends(hidden, targets)
+        return Term(start.sum + end.sum, start.count + end.count)
+
+    def measured(self, hidden: Hidden, targets: Tensor) -> Tensor:
+        """The mean of both ends' means, which weighs them alike though more of one are left out."""
+        start, end = self.ends(hidden, targets)
+        return (start.mean() + end.mean()) / 2
+
+    def ends(self, hidden: Hidden, targets: Tensor) -> tuple[Term, Term]:
+        """The losses of first and last places."""
         out = self.outputs(hidden)
         places = targets.masked_fill(targets >= hidden.states.shape[1], IGNORE)
-        start = cross_entropy(out["start_logits"], places[:, 0])
-        end = cross_entropy(out["end_logits"], places[:, 1])
-        return Term(start.sum + end.sum, start.count + end.count)
+        return cross_entropy(out["start_logits"], places[:, 0]), cross_entropy(out["end_logits"], places[:, 1])
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         start, end = labels.get("start_positions"), labels.get("end_positions")
@@ -357,7 +373,7 @@ def collect(
         made |= head.outputs(read)
         targets = head.targets(labels, causal)
         if targets is not None:
-            alone[f"{name}_loss"] = loss = head.share * head.loss(read, targets).mean()
+            alone[f"{name}_loss"] = loss = head.share * head.measured(read, targets)
             losses[head.loss_name] = losses.get(head.loss_name, 0.0) + loss
             made |= head.noted(read, targets)
     out.update(losses | (alone if any(head.apart for head in heads.values()) else {}) | made)

@@ -114,7 +114,7 @@ class Mamba(nn.Module):
 
         inner: int = field("width inside, of the convolution and the scan", gt=0, tiny=128, example=96)
         state: int = field("states of each channel", 16, gt=0)
-        kernel: int = field("tokens that the convolution sees", 4, gt=1)
+        kernel: int = field("tokens that the convolution sees", 4, gt=0)
         rank: int | None = field("rank of what makes the steps; null = dim / 16, rounded up", None, gt=0)
         act: Activation = field("activation behind the convolution and of the gate", "silu")
         bias: bool = field("adds biases to the projections in and out", False)
@@ -164,7 +164,7 @@ class Mamba(nn.Module):
         if real is not None:
             u = u * real[..., None]
         before = state.conv.to(u.dtype)
-        state.conv = torch.cat((before, u), 1)[:, -before.shape[1] :].detach()
+        state.conv = torch.cat((before, u), 1)[:, u.shape[1] :].detach()
         documents = new_documents(ctx, x.shape[1])
         u = self.act(self.conv(u, before, documents))
         if real is not None:

@@ -32,8 +32,8 @@ from xtcli.parts.stack import Layers, Stack
 from xtcli.registry import Config, field, part
 
 SEES = (
-    "stream i of those that predict sees those of them that stand i places before it, the first token, and itself; "
-    "the picture is that of the text itself"
+    "stream i of those that predict sees the text up to i places before it, the first token of the text, and itself; "
+    "the picture is that of the text's own stream"
 )
 
 
@@ -177,7 +177,6 @@ class NGrams(Stack):
     Stream i has row i - 1 of `starts`, stream 0 the last.
     """
 
-    recurs = False
     beyond = 1  # places behind a text that the streams read
     gives = ("last_hidden_state", "last_hidden_state_ngram")
     traces = ("hidden_states_ngram",)

@@ -6,7 +6,6 @@
     rms-scale   x / sqrt(mean(x^2) + eps) * weight, one number   Ma et al. 2022, arXiv:2209.10655
     scale       x / max(|x|, eps) * weight, a single number      Nguyen, Salazar 2019, arXiv:1910.05895
     unit        x / max(|x|, eps), in groups of the axis         Henry et al. 2020, arXiv:2010.04245
-    standard    (x - mean) / sqrt(var + eps)
     affine      x * weight + bias                                Sun et al. 2020, arXiv:2004.02984
     gain        x * weight
     none        x
@@ -112,22 +111,6 @@ class RMSScaleNorm(SimpleRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.weight
-
-
-@part("norm", "standard")
-class Standard(nn.LayerNorm):
-    """Mean 0 and variance 1 over the last axis; no parameters."""
-
-    class Config(registry.Config):
-        """Layer normalisation without gain and bias."""
-
-        eps: float = field("added to the variance", 1e-5, gt=0)
-
-    def __init__(self, config: Config, scope: Scope) -> None:
-        super().__init__(scope.dim, eps=config.eps, elementwise_affine=False)
-
-    def draw(self, normal: Draw) -> None:
-        """Nothing to draw."""
 
 
 @part("norm", "gain")

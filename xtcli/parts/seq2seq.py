@@ -266,7 +266,7 @@ class EncoderDecoder(Graph):
             out["encoder_hidden_states"] = tuple(source_trace)
         stack: Any = self.decoder.stack
         for name in getattr(stack, "gives", ()):
-            out |= {name: made for made in ledger.side("decoder").read(name)}
+            out.update((name, made) for made in ledger.side("decoder").read(name))
         for name, sided in getattr(stack, "sided", {}).items():
             if target_trace is not None:
                 out[sided] = tuple(ledger.side("decoder").read(name))

@@ -11,7 +11,7 @@ from typing import Any
 
 from xtcli.convert.families import bert
 from xtcli.convert.families.bert import ATTENTION_DROPOUT, CLASSIFIER_DROPOUT, CROSS, DROPOUT, POOLER, TIED
-from xtcli.convert.families.common import LABELS, activation, counts_up, is_zero
+from xtcli.convert.families.common import LABELS, activation, counts_up, is_zero, pad
 from xtcli.convert.families.roberta import sequence
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Custom, Key, Options, table
@@ -72,7 +72,7 @@ def template(form: Form) -> dict[str, Any]:
     tree |= {
         "vocab": Key("vocab_size", int, 50358),
         "context": CONTEXT,
-        "pad": Key("pad_token_id", int, 0),
+        "pad": pad(0),
         "memory": None,
     }
     tree["embed"] = tree["embed"] | {

@@ -18,6 +18,7 @@ _ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_fast",
+    "gelu_10": "gelu_10",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",

@@ -1,6 +1,8 @@
 """DeBERTa, both versions: disentangled attention over one table of distances.
 
 The second may have buckets of distances, and a convolution beside its first layer.
+
+The reference leaves queries at padding to see every key alike; such rows mean nothing and differ here.
 """
 
 from __future__ import annotations
@@ -72,16 +74,19 @@ class Version:
         if width is not None:
             tree |= {"head_dim": width}
         if self.second:
-            tree |= self.buckets(options, relative)
+            tree |= self.buckets(options, tree["span"])
         elif options.get("talking_head", bool, False):
             tree["score"] = {"kind": "talking-heads"}
         return tree
 
-    def buckets(self, options: Options, relative: bool) -> dict[str, Any]:
+    def buckets(self, options: Options, span: int | None) -> dict[str, Any]:
         buckets = options.get("position_buckets", int, -1)
+        if span is not None and buckets > 0 and (buckets == 1 or span - 1 in (0, buckets // 2)):
+            options.refuse("position_buckets", f"is {buckets}, of {span} distances: the reference divides by zero")
+            buckets = -1
         normed = [word.strip() for word in options.get("norm_rel_ebd", str, "none").lower().split("|")]
         return {
-            "buckets": buckets if relative and buckets > 0 else None,
+            "buckets": buckets if span is not None and buckets > 0 else None,
             "shared": options.get("share_att_key", bool, False),
             "distance_norm": {"kind": "inherit" if "layer_norm" in normed else "none"},
         }
@@ -131,6 +136,8 @@ class Version:
         }
         common = {"layers": self.layers.load(options), "norm": {"kind": "none"}}
         kernel = options.get("conv_kernel_size", int, 0) if self.second else 0
+        if kernel > 0 and kernel % 2 == 0:
+            options.refuse("conv_kernel_size", f"is {kernel}: an even number of places has no middle")
         convolution = {
             "kind": "conv",
             "kernel": kernel,
@@ -218,8 +225,8 @@ class Version:
             prefixes=(trunk, ""),
             fixed={"is_encoder_decoder": (False,)},
             neutral=frozenset(
-                "add_cross_attention is_decoder tie_word_embeddings legacy pooler_hidden_size pooler_hidden_act pooler_dropout cls_dropout "
-                "conv_groups conv_act".split()
+                "add_cross_attention is_decoder tie_word_embeddings legacy padding_idx pooler_hidden_size "
+                "pooler_hidden_act pooler_dropout cls_dropout conv_groups conv_act".split()
             ),
         )
 

@@ -87,7 +87,12 @@ LONGFORMER = Family(
     ties=roberta.ties,
     drops=roberta.DROPS,
     prefixes=("longformer.", ""),
-    fixed={"is_decoder": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,)},
-    # onnx_export: the same numbers by other operators. ignore_attention_mask and the like are those of other libraries.
-    neutral=frozenset("onnx_export tie_word_embeddings attention_window num_hidden_layers".split()),
+    fixed={"is_decoder": (False,), "is_encoder_decoder": (False,)},
+    # onnx_export: the same numbers by other operators. attention_mode, ignore_attention_mask: of another library.
+    neutral=frozenset(
+        """
+        add_cross_attention attention_mode attention_window ignore_attention_mask num_hidden_layers onnx_export
+        position_embedding_type tie_word_embeddings
+        """.split()
+    ),
 )

@@ -39,7 +39,6 @@ NORMS: Mapping[tuple[str, bool], dict[str, Any]] = {
     ("scalenorm", True): {"kind": "rms-scale", "eps": EPS},
     ("scalenorm", False): {"kind": "simple-rms", "eps": EPS},
     ("layernorm", True): {"kind": "layer", "eps": EPS, "bias": True},
-    ("layernorm", False): {"kind": "standard", "eps": EPS},
     # The reference computes the mean square and leaves it out.
     ("rmsnorm", True): {"kind": "gain"},
     ("rmsnorm", False): {"kind": "none"},
@@ -48,6 +47,9 @@ NORMS: Mapping[tuple[str, bool], dict[str, Any]] = {
 
 def _norm(options: Options) -> dict[str, Any]:
     key = NORM.load(options), AFFINE.load(options)
+    if key == ("layernorm", False):
+        options.refuse(AFFINE.name, f"is false, and {NORM.name} 'layernorm': the reference makes no such network")
+        return {"kind": "none"}
     if key not in NORMS:
         options.refuse(NORM.name, f"is {key[0]!r}", "scalenorm, layernorm and rmsnorm are expressed")
         return NORMS["scalenorm", True]
@@ -289,7 +291,7 @@ MEGA = Family(
     fixed={"is_encoder_decoder": (False,), "add_cross_attention": (False,), "use_feature_dropout": (False,)},
     neutral=frozenset(
         """
-        classifier_dropout tie_word_embeddings num_attention_heads chunk_size type_vocab_size
+        add_lm_hidden_dense_layer classifier_dropout tie_word_embeddings num_attention_heads chunk_size type_vocab_size
         nffn_hidden_size nffn_activation_dropout_prob normalize_before_ffn
         """.split()
     ),

@@ -271,5 +271,5 @@ MOBILEBERT = Family(
     drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
     prefixes=("mobilebert.", ""),
     fixed={"is_encoder_decoder": (False,), "is_decoder": (False,)},
-    neutral=frozenset({"tie_word_embeddings", "classifier_dropout", "true_hidden_size"}),
+    neutral=frozenset({"add_cross_attention", "tie_word_embeddings", "classifier_dropout", "true_hidden_size"}),
 )

@@ -3,8 +3,11 @@ each place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from xtcli.convert.families.common import PAD, activation, pad
 from xtcli.convert.family import Family, Form
@@ -58,6 +61,7 @@ def _embed(clamp: bool) -> dict[str, Any]:
 
 
 READ, WRITTEN = _embed(clamp=True), _embed(clamp=False)
+
 
 def _stack(side: str, attention: str, alias: tuple[str, ...] = ()) -> dict[str, Any]:
     heads = {
@@ -157,13 +161,17 @@ def _side(side: str, ours: str) -> tuple[Rule, ...]:
 
 
 def _within(config: Any) -> str:
-    """What precedes the names of a model of one stack: a head's decoder is part of something, the others stand alone."""
+    """What precedes the names of a model of one stack: a decoder with a head is part of something, others are alone."""
     return "decoder." if config.heads else ""
 
 
 def _trunk(config: Config) -> Sequence[Rule]:
     if config.kind == "encoder-decoder":
-        return one("word_embeddings.weight", "tokens.weight"), *_side("encoder.", "encoder."), *_side("decoder.", "decoder.")
+        return (
+            one("word_embeddings.weight", "tokens.weight"),
+            *_side("encoder.", "encoder."),
+            *_side("decoder.", "decoder."),
+        )
     return one("word_embeddings.weight", "embed.tokens.weight"), *_side(_within(config), "")
 
 
@@ -173,6 +181,39 @@ def _ties(config: Any, prefix: str) -> Mapping[str, str]:
     ties = {f"{prefix}{side}word_embeddings.weight": main for side in sides if side}
     lm = config.heads.get("lm")
     return ties | ({"lm_head.weight": main} if lm is not None and lm.tied else {})
+
+
+def _gathered(self: Any, hidden: Tensor, scores: Tensor, places: Tensor, buckets: Tensor | None) -> Tensor:
+    """hidden (B, T, n, D), buckets (B, T, S) -> what is added to scores (B, n, H, T, S).
+
+    A cached step has no buckets: they are those of its keys, which lie side by side up to its own.
+    """
+    if buckets is None:
+        return self.uncorrected(hidden, scores, places, buckets)  # type: ignore[no-any-return]
+    values = self.relative_pos_embeddings(hidden.transpose(1, 2))
+    values = values.unflatten(-1, (self.num_buckets, self.num_attn_heads)).permute(0, 1, 4, 2, 3)
+    added: Tensor = values.gather(-1, buckets[:, None, None].expand(*values.shape[:-1], -1).long())
+    return added
+
+
+@contextmanager
+def _corrected() -> Iterator[None]:
+    """The reference with the relative scores of its predict streams in the right order.
+
+    Where more than one place is decoded at once it lays them out as (place, stream, head) and reads them as (stream,
+    head, place), so that an answer depends on how many places follow. Its cached steps of one token, in which both are
+    the same, are what the weights were trained for, and what this gives for any length.
+    """
+    from transformers.models.prophetnet.modeling_prophetnet import ProphetNetNgramSelfAttention as Mixer
+
+    mixer: Any = Mixer
+    mixer.uncorrected = mixer.get_predict_relative_pos_embeddings
+    mixer.get_predict_relative_pos_embeddings = _gathered
+    try:
+        yield
+    finally:
+        mixer.get_predict_relative_pos_embeddings = mixer.uncorrected
+        del mixer.uncorrected
 
 
 PROPHETNET = Family(
@@ -186,6 +227,7 @@ PROPHETNET = Family(
     ties=_ties,
     prefixes=("prophetnet.", ""),
     objectives={"encoder-decoder": "masked-spans"},
+    runnable=_corrected,
     neutral=frozenset(
         """
         is_encoder_decoder is_decoder add_cross_attention tie_word_embeddings disable_ngram_loss eps ngram num_buckets

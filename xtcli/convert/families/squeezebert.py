@@ -13,7 +13,7 @@ from xtcli.convert.families.bert import ATTENTION_DROPOUT, DIM, DROPOUT, HEADS, 
 from xtcli.convert.families.common import LABELS, PAD, TWO_OUTPUTS, activation, counts_up
 from xtcli.convert.families.fnet import SEQUENCE, unread_pooler
 from xtcli.convert.family import Drop, Family, Form
-from xtcli.convert.options import Custom, Key, Options
+from xtcli.convert.options import Custom, Key, Options, table
 from xtcli.convert.rules import Rule, Unit, layer, one
 from xtcli.registry import Config
 
@@ -37,7 +37,7 @@ def _groups(name: str, usual: int) -> Key:
 
 def _template(form: Form) -> dict[str, Any]:
     return {
-        "kind": "encoder",
+        "kind": Key("is_decoder", bool, False, code=table({False: "encoder", True: "decoder"})),
         "vocab": Key("vocab_size", int, 30522),
         "dim": Custom(_width, _write_width),
         "context": Key("max_position_embeddings", int, 512),
@@ -125,6 +125,6 @@ SQUEEZEBERT = Family(
     dead=unread_pooler,
     drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
     prefixes=("transformer.", ""),
-    fixed={"is_encoder_decoder": (False,), "is_decoder": (False,)},
-    neutral=frozenset({"tie_word_embeddings"}),
+    fixed={"is_encoder_decoder": (False,)},
+    neutral=frozenset({"add_cross_attention", "tie_word_embeddings"}),
 )

@@ -123,17 +123,27 @@ def _stack(side: str) -> Custom:
     return Custom(read, write)
 
 
+SIDES = ("encoder", "decoder")
+
+
 def _measured(options: Options) -> list[str] | None:
-    sides = [side for side in ("encoder", "decoder") if _step(options, side) > 1]
+    sides = [side for side in SIDES if _step(options, side) > 1]
     return None if len(sides) == 2 else sides
 
 
-def _losses(shown: bool, towers: Any) -> dict[str, Any]:
+def _losses(shown: bool, towers: Any, sides: Sequence[str]) -> Custom:
     both = {"padding": True, "shown": shown, "towers": towers}
-    return {
+    kinds = {
         "balance": {"weight": Key("router_aux_loss_coef", float, 0.001), "dropped": "first", "over": "rows", **both},
         "router-z": {"weight": Key("router_z_loss_coef", float, 0.001), **both},
     }
+
+    def read(options: Options) -> dict[str, Any]:
+        losses = load(kinds, options)
+        # Without routers there is nothing to measure.
+        return losses if any(any(_sparse(_layers(options, side), _step(options, side))) for side in sides) else {}
+
+    return Custom(read, lambda value, found: dump(kinds, value, found) if value else None)
 
 
 MEASURED = Custom(_measured, lambda value, found: None)
@@ -172,9 +182,14 @@ CONTEXT = Custom(
 )
 
 FORMS = (
-    Form("SwitchTransformersForConditionalGeneration", "", {"lm": LM}, {**BOTH, "auxiliary": _losses(True, MEASURED)}),
-    Form("SwitchTransformersModel", "", {}, {**BOTH, "auxiliary": _losses(False, MEASURED)}),
-    Form("SwitchTransformersEncoderModel", "", {}, {**ENCODER, "auxiliary": _losses(True, None)}),
+    Form(
+        "SwitchTransformersForConditionalGeneration",
+        "",
+        {"lm": LM},
+        {**BOTH, "auxiliary": _losses(True, MEASURED, SIDES)},
+    ),
+    Form("SwitchTransformersModel", "", {}, {**BOTH, "auxiliary": _losses(False, MEASURED, SIDES)}),
+    Form("SwitchTransformersEncoderModel", "", {}, {**ENCODER, "auxiliary": _losses(True, None, SIDES[:1])}),
 )
 
 
