@@ -9,8 +9,7 @@ from typing import Annotated, Any, Self
 import pytest
 from pydantic import Strict
 
-from presets import NAMES, SIZES
-from xtcli.config import library
+from presets import NAMES
 from xtcli.config.preset import load_preset
 from xtcli.config.tiny import tiny
 from xtcli.model import build, count
@@ -99,12 +98,3 @@ def test_a_node_that_an_override_brings_shrinks_where_the_override_is_silent() -
 def test_the_vocabulary_of_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
     found = load_preset("gpt2-small", ["tokenizer={kind: file, path: tokenizer.json}"], tiny=True)
     assert found.preset.model.vocab == 50257  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_a_size_has_the_tiny_form_of_its_preset(name: str) -> None:
-    """So that tests of tiny forms may leave it out."""
-    base = yaml.safe_load((library.folder() / f"{name}.yaml").read_text(encoding="utf-8"))["extends"]
-    whole = load_preset(base if isinstance(base, str) else base["preset"], tiny=True).preset
-    found = load_preset(name, tiny=True).preset
-    assert (found.model, found.objective, found.tokenizer) == (whole.model, whole.objective, whole.tokenizer)
