@@ -148,7 +148,7 @@ class Graph(nn.Module):
 
         Manners of the reference that ask for what is done anyway are passed over; others raise TypeError.
         """
-        given = {name: value for name, value in extras.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in extras.items() if value is not None}
         for name in MANNERS.keys() & given.keys():
             usual, instead = MANNERS[name]
             if given.pop(name) is not usual:
