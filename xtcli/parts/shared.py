@@ -141,7 +141,8 @@ def slid(values: Callable[[Tensor], Tensor], ctx: Ctx, queries: int) -> Tensor:
         return values(torch.arange(1 - span, span, device=steps.device))[steps].permute(0, 3, 1, 2)
     # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
     row = values(torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device))  # (T + S - 1, H)
-    return row.t().unfold(1, span, 1).flip(1)[None]
+    # Head by head: turning all at once is an illegal access on a GPU where the whole passes 2^31 bytes.
+    return torch.stack([head.unfold(0, span, 1).flip(0) for head in row.unbind(1)])[None]
 
 
 def slot_distance(ctx: Ctx, queries: int) -> Tensor:
