@@ -165,12 +165,14 @@ def by_blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> 
     rows, heads, count = q.shape[:3]
     if mask.shape[1] == 1:
         part = mask.expand(rows, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
-        y = kernel(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), Visible(part))
-        return y.unflatten(0, (rows, count)).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        y: Tensor = kernel(q, k, v, Visible(part)).unflatten(0, (rows, count))
+        return y.transpose(1, 2)
     if k.shape[1] != heads:
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    y = kernel(*(x.flatten(1, 2) for x in (q, k, v)), Visible(mask.flatten(1, 2)))
-    return y.unflatten(1, (heads, count))  # type: ignore[no-any-return]
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    y = kernel(q, k, v, Visible(mask.flatten(1, 2))).unflatten(1, (heads, count))
+    return y
 
 
 def beside(mask: Tensor, other: Tensor) -> Tensor:
@@ -204,7 +206,8 @@ def jointly(
     if dropout > 0:
         near, far = F.dropout(near, dropout), F.dropout(far, dropout)
     y = near.to(v.dtype) @ v + (far.flatten(2, 3).to(v.dtype) @ values).unflatten(2, (count, size))
-    return (y / total).to(v.dtype)
+    weighed: Tensor = y / total
+    return weighed.to(v.dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,8 @@
     global query   softmax over the whole text with q_global, k_global, v_global, in place of that
 
 Which tokens are global is data: the input `global_attention_mask` (B, T), 1 for global. Without it the field
-`globals` decides. An attention mask of 2 makes a token global as well. Padding is never global, and its own output is nothing but the output's bias. Cost is linear in
-the length for a fixed number of global tokens (bands.py).
+`globals` decides. An attention mask of 2 makes a token global as well. Padding is never global, and its own output
+is nothing but the output's bias. Cost is linear in the length for a fixed number of global tokens (bands.py).
 
 Axes as in bands.py; E global tokens of a row, filled up to the largest number in the batch.
 """
