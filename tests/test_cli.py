@@ -61,7 +61,7 @@ COMPLETIONS = [
     ("xt inspect gpt2-small train.sch", ["train.schedule="]),
     ("xt inspect gpt2-small train.schedule=c", ["train.schedule=cosine", "train.schedule=constant"]),
     ("xt inspect gpt2-small model.norm.", ["model.norm.kind=", "model.norm.eps=", "model.norm.bias="]),
-    ("xt inspect gpt2-small model.norm.kind=r", ["model.norm.kind=rms"]),
+    ("xt inspect gpt2-small model.norm.kind=r", ["model.norm.kind=rms", "model.norm.kind=rms-scale"]),
     ("xt inspect llama-7b model.norm.", ["model.norm.kind=", "model.norm.eps=", "model.norm.offset="]),
     ("xt inspect tinyllama-1.1b model.stack.block.sublayers.ff", ["model.stack.block.sublayers.ffn."]),
     ("xt inspect gpt2-nano model.stack.block.sublayers.attn.kv", ["model.stack.block.sublayers.attn.kv_heads="]),

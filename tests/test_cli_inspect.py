@@ -56,7 +56,7 @@ model: decoder  vocab 1000, dim 48, context 256
     lm  tied true
   embed: tokens
     positions: learned
-  stack  layers 6
+  stack: blocks  layers 6
     block
       sublayers
         attn: attention  heads 6

@@ -152,7 +152,7 @@ class TestEnds:
         answer = write(lively("rotary-dynamic", VOCAB), "abcd", sampling=GREEDY, max_tokens=80, past_context=True)
         assert answer.written[0].finish == "length" and len(answer.written[0].tokens) == 80
         assert answer.notes == [
-            "from 65 tokens on the rotations change with the length, so each step reads the whole text"
+            "from 65 tokens on earlier ones change whenever one follows, so each step reads the whole text"
         ]
         learned = write(lively("learned", VOCAB), "abcd", sampling=GREEDY, max_tokens=80, past_context=True)
         assert learned.written[0].finish == "context" and len(learned.written[0].tokens) == 60

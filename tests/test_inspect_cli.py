@@ -120,5 +120,5 @@ def test_completion_knows_parts_presets_and_keys() -> None:
     assert "gpt2-small" in names and "norm" not in names
     both = [name for name, _ in complete.complete_override_or_preset(Context(preset="gpt2-small"), "t")]
     assert "train." in both and "t5-small" in both
-    words = complete.complete_override_or_preset(Context(preset="gpt2-small"), "model.stack.block.wiring=pr")
-    assert [word for word, _ in words] == ["model.stack.block.wiring=pre"]
+    words = complete.complete_override_or_preset(Context(preset="gpt2-small"), "model.stack.block.wiring=re")
+    assert [word for word, _ in words] == ["model.stack.block.wiring=rezero"]

@@ -150,8 +150,11 @@ def test_a_slot_is_printed_within_the_width() -> None:
 def test_nested_nodes_are_listed_with_their_paths() -> None:
     (kind,) = catalogue.catalogue("graph.decoder")["graph"]
     names = {item.name: item for item in kind.fields}
-    assert names["stack.layers"].type == "int > 0" and names["stack.layers"].default is None
-    assert names["stack.block.wiring"].default == "pre" and names["stack.block.wiring"].type == "a kind of wiring"
+    assert names["pooler.act"].default == "tanh"
+    (kind,) = catalogue.catalogue("stack.blocks")["stack"]
+    names = {item.name: item for item in kind.fields}
+    assert names["layers"].type == "int > 0" and names["layers"].default is None
+    assert names["block.wiring"].default == "pre" and names["block.wiring"].type == "a kind of wiring"
 
 
 class Inner(Config):

@@ -20,7 +20,7 @@ TREE = """\
 decoder                                                                                            188,736 parameters
   embed  tokens                                                                                     32,768
     tokens                             (512, 64)                                                    32,768
-  stack                                                                                            123,200
+  stack  blocks                                                                                    123,200
     shared.turns 0  rotary  16, theta=10000.0, half, scaling=none                                        0
     blocks 0-1  (2 x 61,568)                                                                       123,136
       attn  attention  heads=4, kv_heads=2, head_dim=16, scale=0.25, mask causal, position rotary   12,288

@@ -160,6 +160,8 @@ class Place:
             below = variant.get("properties", {}).get(key, variant.get("additionalProperties"))
             if isinstance(below, Mapping):
                 default = below.get("default")
+                if isinstance(raw, Mapping) and isinstance(default, Mapping) and "kind" in default:
+                    raw = {"kind": default["kind"], **raw}
                 return Place(self.root, below, default if raw is None else raw)
         return None
 

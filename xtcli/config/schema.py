@@ -87,7 +87,8 @@ def _node(schema: Mapping[str, Any], model: type[BaseModel], names: Mapping[str,
     properties = {"kind": {"const": model.kind}} if issubclass(model, Config) and model.kind else {}
     for name, info in model.model_fields.items():
         below = _clean(schema["properties"][name], names)
-        below.pop("default", None)
+        if below.get("default") is None or "$ref" not in below:
+            below.pop("default", None)
         if info.description:
             below["description"] = info.description
         if not info.is_required():
@@ -106,7 +107,8 @@ def _clean(schema: Any, names: Mapping[str, str]) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     if "x-slot" in schema:
-        return {"$ref": f"#/$defs/slot.{schema['x-slot']}"}
+        usual = {"default": {"kind": schema["x-default"]}} if schema.get("x-default") else {}
+        return {"$ref": f"#/$defs/slot.{schema['x-slot']}"} | usual
     if "x-kinds" in schema:
         return {"$ref": f"#/$defs/kinds.{schema['x-kinds']}"}
     result = {key: _clean(value, names) for key, value in schema.items() if key not in DROPPED}

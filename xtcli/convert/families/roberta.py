@@ -9,7 +9,7 @@ from xtcli.convert.families import bert
 from xtcli.convert.families.bert import CLASSIFIER_DROPOUT, POOLER, POSITIONS, TIED
 from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, counts_up, is_zero
 from xtcli.convert.family import Drop, Family, Form, Shapes
-from xtcli.convert.options import Custom, Key, Options, Switch
+from xtcli.convert.options import Custom, Key, Options, Switch, Unexpressed
 from xtcli.convert.rules import Rule, layer, one
 
 PAD = Key("pad_token_id", int, 1)
@@ -25,7 +25,13 @@ def _context(options: Options) -> int:
     return int(rows - pad - 1)
 
 
-CONTEXT = Custom(_context, lambda value, found: found.update(max_position_embeddings=value + found[PAD.name] + 1))
+def _write_context(value: Any, found: dict[str, Any]) -> None:
+    if value is None or found.get(PAD.name) is None:
+        raise Unexpressed("places are counted behind the padding's, so that both pad and context must be stated")
+    found[ROWS.name] = value + found[PAD.name] + 1
+
+
+CONTEXT = Custom(_context, _write_context)
 
 
 def template(form: Form) -> dict[str, Any]:
