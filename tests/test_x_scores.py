@@ -72,8 +72,9 @@ def test_talking_heads_begin_as_heads_that_do_not_talk() -> None:
             own[name].copy_(parameter)
         for block in talking.stack.blocks:
             block.attn.score.draw(lambda *_: pytest.fail("identity needs no random numbers"))
-    x = drawn(ROWS, LENGTH, DIM)
-    torch.testing.assert_close(talking(inputs_embeds=x).last_hidden_state, plain(inputs_embeds=x).last_hidden_state)
+    x = drawn(ROWS, LENGTH, DIM).double()
+    heard, told = (model.double()(inputs_embeds=x).last_hidden_state for model in (talking, plain))
+    torch.testing.assert_close(heard, told, rtol=1e-10, atol=1e-10)
 
 
 def test_fresh_values() -> None:
