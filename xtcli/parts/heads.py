@@ -23,6 +23,7 @@ from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ledger
 from xtcli.parts.linear import Linear
+from xtcli.parts.losses import Terms, linear_cross_entropy, slab_terms
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import IGNORE, Output, Term, cross_entropy, shifted
 from xtcli.parts.scope import Impossible, Scope
@@ -76,6 +77,7 @@ class Head(nn.Module):
     unit = "nats"  # of the loss
     sparse = False  # whether only supervised positions are computed in training
     apart = False  # whether the loss of each head of its model is an output of its own, `<head>_loss`
+    terms: Terms | None = None  # what computes a slab of the loss, in a head whose logits are never whole in training
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         """Logits by output name."""
@@ -158,6 +160,8 @@ class ActivationTransform(nn.Module):
 class LanguageModel(Head):
     """Next-token (or aligned) prediction."""
 
+    terms = staticmethod(slab_terms)
+
     class Config(registry.Config):
         """Language-model head."""
 
@@ -192,15 +196,23 @@ class LanguageModel(Head):
         self.cap, self.shift = config.softcap, config.shift
         self.smoothing, self.further = config.smoothing, config.further
 
-    def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
-        """(..., D) -> (..., V)."""
+    def operands(self, states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is multiplied: states (..., D) behind the transform, and the matrix (V, D)."""
         weight: Any = table if self.decoder is None else self.decoder.weight
         states = self.transform(states)
-        if self.scale != 1.0:
-            states = states * self.scale
+        return states * self.scale if self.scale != 1.0 else states, weight
+
+    def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
+        """(..., D) -> (..., V)."""
+        states, weight = self.operands(states, table)
         # A stream may be wider than the weights.
         logits = F.linear(states.to(weight.dtype), weight, self.bias)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def summed(self, states: Tensor, table: Tensor | None, targets: Tensor) -> Term:
+        """The loss of targets (...) for states (..., D)."""
+        states, weight = self.operands(states, table)
+        return linear_cross_entropy(states, weight, self.bias, targets, self.cap, self.smoothing, self.terms)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         out = {"logits": hidden.grouped(self.logits(hidden.states, hidden.table))}
@@ -210,12 +222,12 @@ class LanguageModel(Head):
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         """The mean over all streams that answer these targets, by weight."""
-        term = cross_entropy(self.logits(hidden.states, hidden.table), targets, self.smoothing)
+        term = self.summed(hidden.states, hidden.table, targets)
         if hidden.further is None or self.further == 0.0:
             return term
         streams = hidden.further.shape[1]
         wanted = targets[:, None].expand(-1, streams, -1)
-        more = cross_entropy(self.logits(hidden.further, hidden.table), wanted, self.smoothing)
+        more = self.summed(hidden.further, hidden.table, wanted)
         return Term((term.sum + self.further * more.sum) / (1.0 + self.further * streams), term.count)
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
@@ -229,6 +241,7 @@ class MaskedLanguageModel(Head):
     """A transform and a decoder tied to the token table, with a bias."""
 
     sparse = True
+    terms = staticmethod(slab_terms)
 
     class Config(registry.Config):
         """Masked-language-model head."""
@@ -255,20 +268,23 @@ class MaskedLanguageModel(Head):
         self.bias = nn.Parameter(torch.zeros(scope.vocab))
         self.output = config.output
 
+    def operands(self, states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is multiplied: states (..., D) behind the transform, and the matrix (V, D)."""
+        weight: Any = table if self.decoder is None else self.decoder.weight
+        whole = weight if self.extra is None else torch.cat((weight, self.extra.weight.t()), 1)
+        return self.norm(self.act(self.dense(states))), whole
+
     def logits(self, states: Tensor, table: Tensor | None) -> Tensor:
         """(..., D) -> (..., V)."""
-        weight = table if self.decoder is None else self.decoder.weight
-        states = self.norm(self.act(self.dense(states)))
-        if self.extra is None:
-            return F.linear(states, weight, self.bias)  # type: ignore[arg-type]
-        return F.linear(states, torch.cat((weight, self.extra.weight.t()), 1), self.bias)  # type: ignore[arg-type]
+        return F.linear(*self.operands(states, table), self.bias)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         return {self.output: self.logits(hidden.states, hidden.table)}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         supervised = targets != IGNORE
-        return cross_entropy(self.logits(hidden.states[supervised], hidden.table), targets[supervised])
+        states, weight = self.operands(hidden.states[supervised], hidden.table)
+        return linear_cross_entropy(states, weight, self.bias, targets[supervised], terms=self.terms)
 
 
 @part("head", "token")

@@ -10,6 +10,7 @@ time, not in FLOPs.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from xtcli.data.batch import Batch
 from xtcli.model import count_active
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
+from xtcli.parts.losses import SLAB_BYTES, USUAL_SLAB_BYTES
 from xtcli.parts.recurrence import remembered
 from xtcli.parts.reversible import keeping
 from xtcli.parts.stack import applied
@@ -46,6 +48,8 @@ class Cost:
     flops: int
     activations: int  # bytes kept for the backward pass
     logits: int  # bytes of the heads' outputs and their float32 copies
+    slabs: int  # the same of heads that make their loss a slab at a time, were it made at once
+    slab: int  # the most that those take
     widest: int  # bytes of the largest activation
     stream: int  # bytes of what enters a block
 
@@ -60,6 +64,11 @@ class Cost:
             return self.activations
         blocks = max(len(run), 1)
         return self.activations // blocks + (2 if undone else blocks) * self.stream
+
+    def needed(self, rows: int, kept: int) -> int:
+        """Bytes that `rows` sequences take of which each keeps `kept`: what is kept, and the worst moment beside it."""
+        loss = self.logits * rows + min(self.slabs * rows, self.slab)
+        return kept * rows + max(loss, 2 * self.widest * rows)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
         hidden = skeleton.hidden(**inputs)
     body = counter.get_total_flops()
     sizes = [size for key, (_, size) in kept.items() if key not in kernels.casts]
-    flops, logits = body, 0
+    flops, logits, slabs = body, 0, 0
     for name, targets in batch.targets.items():
         head: Head = skeleton.heads[name]  # type: ignore[assignment]
         counter = FlopCounterMode(display=False)
@@ -119,8 +128,11 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
             made = head.outputs(skeleton.read_by(name, hidden))
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)
-        logits += int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
-    return Cost(flops, sum(sizes), logits, max(sizes, default=0), hidden.states.numel() * 4)
+        taken = int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
+        logits, slabs = (logits + taken, slabs) if head.terms is None else (logits, slabs + taken)
+    slab = SLAB_BYTES.get(device, USUAL_SLAB_BYTES) * (dtype.itemsize + COPIES) // dtype.itemsize
+    widest, stream = max(sizes, default=0), hidden.states.numel() * 4
+    return Cost(flops, sum(sizes), logits, slabs, slab, widest, stream)
 
 
 def _supervised(targets: Tensor) -> float:
@@ -148,7 +160,7 @@ def make_plan(
     cost = cost or measure(skeleton, batch.split(1)[0], dtype, device, carried=carried)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
-    each = cost.kept(skeleton, checkpointing) + max(cost.logits, 2 * cost.widest)
+    kept = cost.kept(skeleton, checkpointing)
     # A gradient is made beside the sum that it is added to.
     largest = max((4 * parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad), default=0)
     casts = parameters * dtype.itemsize if dtype.itemsize < 4 else 0
@@ -158,7 +170,7 @@ def make_plan(
         room = max(int(free * 0.9 - fixed), 0)
         if device == "cpu":
             room = min(room, CPU_ROOM)
-        fits = max(1, min(rows, int(room / max(each * (1 + WORKSPACE), 1))))
+        fits = bisect_right(range(2, rows + 1), room, key=lambda n: int(cost.needed(n, kept) * (1 + WORKSPACE))) + 1
         # Equal shares: 24 rows of which 10 fit go as 8 + 8 + 8.
         micro_batch = -(-rows // -(-rows // fits))
     return Plan(
@@ -169,7 +181,7 @@ def make_plan(
         4 * parameters + casts,
         4 * trained,
         4 * trained * ADAMW_COPIES,
-        each * min(micro_batch, rows) + largest,
+        cost.needed(min(micro_batch, rows), kept) + largest,
         min(micro_batch, rows),
         rows,
         count_active(skeleton),

@@ -24,6 +24,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         if isinstance(module, Block):
             module.compile(**options)
             count += 1
+        elif isinstance(module, Head) and module.terms is not None:
+            module.terms = torch.compile(module.terms, **options)
+            count += 1
         elif isinstance(module, Head):
             module.loss = torch.compile(module.loss, **options)  # type: ignore[method-assign]
             count += 1

@@ -1,0 +1,146 @@
+"""Cross-entropy of states against a vocabulary, so many rows at a time that the logits are never whole.
+
+    logits = x W^T + b, bent into (-cap, cap) where there is a cap
+    loss   = sum over rows of  log sum exp(logits) - (1 - s) logits[target] - s mean(logits)        s: smoothing
+
+The loss is a sum over rows, so the slope of the logits, softmax - (1 - s) one hot - s / V, is known as soon as they
+are. It is multiplied with the weights and the states at once, while the logits are there, and the backward pass only
+scales what was found: no product is made twice, and the memory is that of one slab.
+
+Axes: N rows, D width, V vocabulary, n rows of a slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xtcli.parts.linear import widen
+from xtcli.parts.outputs import IGNORE, Term
+
+SLAB_BYTES = {"cpu": 2**27}
+"""Bytes of the logits of a slab by type of device: what fits a cache badly anyway, and feeds the cores well."""
+USUAL_SLAB_BYTES = 2**30
+ALIGN = 64
+"""Rows of the vocabulary come in multiples of this on a GPU, whose 16-bit products are slow at odd widths."""
+
+Slope = tuple[Tensor, Tensor]
+Terms = Callable[[Tensor, Tensor, "float | None", float, int], Slope]
+
+
+def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: float, vocab: int) -> Slope:
+    """The summed loss of logits (n, V or more) and its slope by them, in their shape and type.
+
+    Columns beyond `vocab` only fill up the width: no probability falls on them.
+    """
+    wide = widen(logits[:, :vocab])
+    if cap is not None:
+        bent = torch.tanh(wide / cap)
+        wide = bent * cap
+    real = targets != IGNORE
+    aims = targets.masked_fill(~real, 0)[:, None]
+    log_sum = wide.logsumexp(-1)
+    wanted = wide.gather(1, aims)[:, 0] * (1.0 - smoothing)
+    if smoothing:
+        wanted = wanted + wide.mean(-1) * smoothing
+    loss = torch.where(real, log_sum - wanted, 0.0).sum()
+    slope = torch.exp(wide - log_sum[:, None])
+    hit = torch.arange(vocab, device=logits.device)[None, :] == aims
+    slope = slope - hit.to(slope.dtype) * (1.0 - smoothing)
+    if smoothing:
+        slope = slope - smoothing / vocab
+    if cap is not None:
+        slope = slope * (1.0 - bent * bent)
+    slope = torch.where(real[:, None], slope, 0.0).to(logits.dtype)
+    return loss, F.pad(slope, (0, logits.shape[1] - vocab))
+
+
+def slab_rows(rows: int, width: int, itemsize: int, device: str) -> int:
+    """Rows of a slab, equal shares of `rows` whose logits of `width` entries stay within the limit."""
+    limit = SLAB_BYTES.get(device, USUAL_SLAB_BYTES)
+    most = max(limit // max(width * itemsize, 1), 1)
+    shares = max(-(-rows // most), 1)
+    return max(-(-rows // shares), 1)
+
+
+class SlabLoss(torch.autograd.Function):
+    """The summed loss of states (N, D); gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float | None,
+        smoothing: float,
+        terms: Terms,
+    ) -> Tensor:
+        kind = states.device.type
+        narrow = _working_type(states, weight)
+        x, w = states.to(narrow), weight.to(narrow)
+        vocab = weight.shape[0]
+        filled = -vocab % ALIGN if kind == "cuda" and narrow.itemsize < 4 else 0
+        w = F.pad(w, (0, 0, 0, filled)) if filled else w
+        b = None if bias is None else F.pad(bias.to(narrow), (0, filled))
+        for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
+        dx = torch.empty_like(x) if for_states else None
+        # Sums over slabs are kept in at least float32: 16 bits would lose what a slab adds to many before it.
+        dw = torch.zeros_like(w, dtype=_at_least_single(narrow)) if for_weight else None
+        db = torch.zeros(w.shape[0], dtype=_at_least_single(narrow), device=w.device) if for_bias else None
+        total = torch.zeros((), dtype=_at_least_single(narrow), device=x.device)
+        size = slab_rows(x.shape[0], w.shape[0], narrow.itemsize, kind)
+        for start in range(0, x.shape[0], size):
+            some = x[start : start + size]
+            loss, slope = terms(F.linear(some, w, b), targets[start : start + size], cap, smoothing, vocab)
+            total += loss
+            if dx is not None:
+                torch.mm(slope, w, out=dx[start : start + size])
+            if dw is not None:
+                dw += slope.t() @ some
+            if db is not None:
+                db += slope.sum(0, dtype=db.dtype)
+        ctx.types = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(dx, None if dw is None else dw[:vocab], None if db is None else db[:vocab])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        found = zip(ctx.saved_tensors, ctx.types, strict=True)
+        given = (None if slope is None else (slope * scale).to(dtype) for slope, dtype in found)
+        return (*given, None, None, None, None)
+
+
+def linear_cross_entropy(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float | None = None,
+    smoothing: float = 0.0,
+    terms: Terms = slab_terms,
+) -> Term:
+    """`cross_entropy` of the logits of states (..., D) under weight (V, D) and bias (V,), without the logits.
+
+    `cap` bends logits as `cap tanh(logits / cap)`. `terms` computes one slab, and may be a compiled `slab_terms`.
+    """
+    flat = targets.reshape(-1)
+    rows = states.reshape(-1, states.shape[-1])
+    total: Tensor = SlabLoss.apply(rows, weight, bias, flat, cap, smoothing, terms)  # type: ignore[no-untyped-call]
+    return Term(total, (flat != IGNORE).sum())
+
+
+def _working_type(states: Tensor, weight: Tensor) -> torch.dtype:
+    kind = states.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
