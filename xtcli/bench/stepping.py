@@ -71,7 +71,7 @@ class Bench:
         """The loss of the first micro-batch without dropout: what tells whether two sides are one network."""
         rows = self.batch.split(self.plan.micro_batch)[0]
         self.model.eval()
-        with torch.no_grad(), self.place.amp():
+        with torch.no_grad(), self.trainer.working.lent(), self.place.amp():
             terms = self.model.losses(rows.inputs, rows.targets).values()
             total = sum(float(term.weight * term.sum) / int(term.count) for term in terms)
         self.model.train()
@@ -79,10 +79,10 @@ class Bench:
 
     @property
     def held(self) -> list[Tensor]:
-        """Weights and optimizer state."""
+        """Weights, their working copies and optimizer state."""
         state = self.trainer.optimizer.state.values()
         values = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
-        return [*self.model.parameters(), *values]
+        return [*self.model.parameters(), *self.trainer.working.copies, *values]
 
 
 def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:

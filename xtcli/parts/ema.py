@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtcli.parts.linear import Draw, widen
+from xtcli.parts.linear import Draw, exactly, widen
 
 PIECE = 32
 """Tokens that `packed` takes at a time."""
@@ -144,7 +144,7 @@ class DampedEma(nn.Module):
         With a state of inputs, `documents` begins with theirs.
         """
         line = widen(x if real is None else x * real[..., None]).transpose(1, 2)
-        with torch.autocast(x.device.type if x.device.type in ("cpu", "cuda") else "cpu", enabled=False):
+        with exactly(x):
             y, next_state = self.average(line, documents, state)
         return F.silu(y.transpose(1, 2).to(x.dtype) + x * self.skip), next_state
 

@@ -97,6 +97,8 @@ def _outer_flops(y: Any, x: Any, counts: Any, out_shape: Any = None, **rest: Any
 class ExpertLinear(nn.Module):
     """A linear layer for each expert: weight (E, out, in), bias (E, out)."""
 
+    products = ("weight",)
+
     def __init__(self, experts: int, inner: int, outer: int, bias: bool, role: Role = "input") -> None:
         super().__init__()
         self.in_features, self.role = inner, role

@@ -7,7 +7,8 @@ Roles: `input` (most), `query` (scores are made from it), `output` (writes to th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ Draw = Callable[[Tensor, float], None]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a role; weight (out, in)."""
+    """`nn.Linear` with a role; weight (out, in). `products`: parameters that may be read in the products' type."""
+
+    products: tuple[str, ...] = ("weight",)
 
     def __init__(self, inner: int, outer: int, bias: bool, role: Role = "input") -> None:
         super().__init__(inner, outer, bias=bias)
@@ -31,8 +34,16 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, products on the device of x keep the type of what they are given, whatever autocast is in force."""
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
 class Table(nn.Embedding):
     """`nn.Embedding` without a first draw, which initialisation replaces: on the meta device it takes a second."""
+
+    products = ("weight",)
 
     def reset_parameters(self) -> None:
         """Nothing: see init.py."""

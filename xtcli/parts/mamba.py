@@ -24,7 +24,7 @@ from xtcli import registry
 from xtcli.parts import masks
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ctx
-from xtcli.parts.linear import Draw, Linear, widen
+from xtcli.parts.linear import Draw, Linear, exactly, widen
 from xtcli.parts.previous import THROUGH, goes_on, new_documents, real_tokens
 from xtcli.parts.scans import selective
 from xtcli.parts.scope import Impossible, Scope
@@ -172,7 +172,9 @@ class Mamba(nn.Module):
         wide = widen(u)
         step = F.softplus(widen(self.step(self.rank(u))))
         decay = -torch.exp(widen(self.decay))
-        y, last = selective(wide, step, widen(self.b(u)), widen(self.c(u)), decay, state.scan, goes_on(documents))
+        b, c = widen(self.b(u)), widen(self.c(u))
+        with exactly(x):
+            y, last = selective(wide, step, b, c, decay, state.scan, goes_on(documents))
         state.scan = last.detach()
         y = y + wide * self.skip
         return self.down(y.to(u.dtype) * self.act(gate))  # type: ignore[no-any-return]

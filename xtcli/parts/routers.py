@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from xtcli import registry
 from xtcli.parts.context import Ctx
-from xtcli.parts.linear import Linear, widen
+from xtcli.parts.linear import Linear, exactly, widen
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import field, part
 
@@ -137,6 +137,7 @@ class Capacity(Router):
 
     def __init__(self, config: Config, scope: Scope, experts: int) -> None:
         super().__init__(config, scope, experts)
+        self.classifier.products = ()  # routes are computed in a type of their own
         self.capacity, self.padding = config.capacity, config.padding
         self.dtype: torch.dtype = getattr(torch, config.dtype)
 
@@ -147,8 +148,7 @@ class Capacity(Router):
         return batch * min(length, self.experts * self.capacity)
 
     def forward(self, x: Tensor, real: Tensor | None, ctx: Ctx) -> Routes:
-        kind = x.device.type if x.device.type in ("cpu", "cuda") else "cpu"
-        with torch.autocast(kind, enabled=False):
+        with exactly(x):
             bias = self.classifier.bias
             logits = F.linear(
                 self.noisy(x.to(self.dtype)),

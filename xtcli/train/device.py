@@ -52,7 +52,8 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the matrix products; weights and optimizer state stay float32."""
+        """Type of the matrix products, and of the copies of weights that they read; weights and optimizer state stay
+        float32."""
         return DTYPES[self.precision]
 
     @property

@@ -32,6 +32,7 @@ from xtcli.train.optim import build_optimizer, clip, first_non_finite, non_finit
 from xtcli.train.schedules import schedule
 from xtcli.train.signals import Stopper
 from xtcli.train.view import View
+from xtcli.train.working import Working
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Trainer:
         self.config = job.config
         self.place = job.place
         self.optimizer = build_optimizer(model, self.config)
+        self.working = Working(model, self.place.dtype)
         self.scaler = self.place.scaler()
         self.progress = Progress()
         self.rate = schedule(self.config)
@@ -113,7 +115,8 @@ class Trainer:
         started = time.perf_counter()
         progress = self.progress
         set_rate(self.optimizer, self.rate(progress.step))
-        losses = self.backward(batch)
+        with self.working.lent():
+            losses = self.backward(batch)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = clip(self.model, self.config.clip)
@@ -133,6 +136,7 @@ class Trainer:
             self.optimizer.step()
         if self.scaler is not None:
             self.scaler.update()
+        self.working.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.cursor += self.config.batch
@@ -215,7 +219,7 @@ class Trainer:
                 if stopper.requested is not None:
                     return
                 rows = rows.to(self.place.device)
-                with torch.no_grad(), self.place.amp(), settled(self.model):
+                with torch.no_grad(), self.working.lent(), self.place.amp(), settled(self.model):
                     carried.again()
                     hidden = self.model.hidden(**carried.join(rows.inputs, len(rows)))
                     carried.take(hidden.mems)
@@ -249,7 +253,7 @@ class Trainer:
 
         self.model.eval()
         try:
-            with self.place.amp():
+            with self.working.lent(), self.place.amp():
                 text = draw(self.model, self.job)
         finally:
             self.model.train()
@@ -286,7 +290,7 @@ class Trainer:
             inputs = self.carried.join(moved.inputs, len(moved))
 
             def forward(moved: Batch = moved, inputs: dict[str, Any] = inputs) -> Any:
-                with self.place.amp():
+                with self.working.lent(), self.place.amp():
                     return self.model.losses(inputs, moved.targets)
 
             where = where or first_non_finite(self.model, forward)
