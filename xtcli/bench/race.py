@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from xtcli.bench import results
-from xtcli.bench.stepping import Silent, compiles
+from xtcli.bench.stepping import Silent
 from xtcli.bench.timing import clocked, release
 from xtcli.bench.training import labels, one_place
 from xtcli.config.preset import Resolved, load_preset
@@ -27,7 +27,7 @@ from xtcli.inspect.targets import Target
 from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer
 from xtcli.train.signals import Stopper
-from xtcli.train.transforms import checkpoint_blocks, compile_blocks
+from xtcli.train.transforms import ready
 
 Talk = Callable[[str], None]
 TRIAL = 4
@@ -125,12 +125,7 @@ def _same_steps(jobs: Sequence[Job]) -> None:
 
 def _trainer(job: Job, record: Callable[[dict[str, Any]], None]) -> Trainer:
     torch.manual_seed(job.config.seed)
-    model = with_weights(job, None)
-    if job.config.checkpointing:
-        checkpoint_blocks(model)
-    if compiles(job.resolved, job.place):
-        compile_blocks(model)
-    model.train()
+    model = ready(with_weights(job, None), job.config, job.place.device).train()
     return Trainer(job, model, cast(Any, None), Silent(), record)
 
 

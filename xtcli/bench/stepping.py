@@ -26,7 +26,7 @@ from xtcli.train.device import Place
 from xtcli.train.job import Job, complete, with_weights
 from xtcli.train.loop import Trainer
 from xtcli.train.plan import Plan, make_plan
-from xtcli.train.transforms import checkpoint_blocks, compile_blocks
+from xtcli.train.transforms import ready
 
 ENDLESS = 10**9
 MASKED = 0.15
@@ -146,19 +146,8 @@ def start(name: str, resolved: Resolved, place: Place, plan: Plan, batch: Batch,
     torch.manual_seed(seed)
     weights = with_weights(job, None)
     losses: list[float] = []
-    config = resolved.preset.train
-    if config.checkpointing:
-        checkpoint_blocks(weights)
-    if compiles(resolved, place):
-        compile_blocks(weights)
-    weights.train()
+    ready(weights, resolved.preset.train, place.device).train()
     nothing: Any = cast(Any, None)
     trainer = Trainer(job, weights, nothing, Silent(), lambda line: losses.append(line["loss"]))
     moved = batch.to(place.device)
     return Bench(name, resolved, place, plan, moved, weights, trainer, losses)
-
-
-def compiles(resolved: Resolved, place: Place) -> bool:
-    """Whether training compiles here."""
-    wanted = resolved.preset.train.compile
-    return wanted is True or (wanted == "auto" and place.device.type == "cuda")

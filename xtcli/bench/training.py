@@ -9,12 +9,13 @@ from typing import Any
 
 from xtcli.bench import results
 from xtcli.bench.reference import Trained, Unmatched, agree
-from xtcli.bench.stepping import Bench, compiles, prepare, start
+from xtcli.bench.stepping import Bench, prepare, start
 from xtcli.bench.timing import Times, clocked, matmul_rate, peak_bytes, release
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import Problem, UserError
 from xtcli.inspect.targets import Target
 from xtcli.train.device import Place, choose
+from xtcli.train.transforms import compiles
 
 Talk = Callable[[str], None]
 WARM = 3
@@ -104,7 +105,7 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
 
 def measure(bench: Bench, config: Config, product: float, build: float, talk: Talk) -> list[dict[str, Any]]:
     """The rows of one preset: ours, and the reference's where it is asked for and there is one."""
-    device, compiled = bench.place.device, compiles(bench.resolved, bench.place)
+    device, compiled = bench.place.device, compiles(bench.resolved.preset.train, bench.place.device)
     sides: dict[str, Any] = {"xt": bench}
     missing = None
     if config.against is not None:

@@ -222,15 +222,27 @@ class Attention(Heads):
         cache = KeyValues.new(batch, self.groups, capacity, self.head_dim, device, dtype)
         return Memory(cache=cache) if self.recurs else cache
 
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim)."""
+    @property
+    def reads_one(self) -> bool:
+        """Whether queries, keys and values are all made of the sublayer's input as it is."""
+        usual = type(self).forward is Attention.forward and type(self).project is Attention.project
+        return usual and self.place is _unturned and not self.recurs
+
+    def project(self, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor, Ctx]:
+        """Queries (B, T, H D), keys and values (B, M + T, G D) behind those of a memory; the mixer's own context."""
         placed = self.place(x, ctx)
-        q = self.turn_queries(self.q_norm(self.split(self.q(placed), self.heads)), ctx)
+        q = self.q(placed)
         source, ctx = joined(x, ctx)
         if source is not x:
             placed = self.place(source, ctx.own_places())
-        k = self.k_norm(self.split(self.k(placed), self.groups))
-        v = self.split(self.v(source), self.groups)
+        return q, self.k(placed), self.v(source), ctx
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """x (B, T, dim) -> (B, T, dim)."""
+        q, k, v, ctx = self.project(x, ctx)
+        q = self.turn_queries(self.q_norm(self.split(q, self.heads)), ctx)
+        k = self.k_norm(self.split(k, self.groups))
+        v = self.split(v, self.groups)
         k, v = self.recall(k, v, ctx)
         visible = newest(ctx.visible[self.view], k.shape[2])
         if self.relative is not None:

@@ -75,5 +75,10 @@ class GLU(FeedForward):
         super().__init__(config, scope)
         self.gate = Linear(scope.dim, config.hidden, config.bias)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches of x (B, T, D): gate and up, (B, T, hidden) each."""
+        return self.gate(x), self.up(x)
+
     def inner(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))  # type: ignore[no-any-return]
+        gate, up = self.project(x)
+        return self.down(self.dropout(self.act(gate) * up))  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer, logged
 from xtcli.train.plan import lines
 from xtcli.train.signals import Stopper
-from xtcli.train.transforms import checkpoint_blocks, compile_blocks
+from xtcli.train.transforms import ready
 from xtcli.train.view import View, make_view
 
 Record = Callable[[dict[str, Any]], None]
@@ -124,10 +124,7 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     model: Model = with_weights(job, weights)
-    if config.checkpointing:
-        checkpoint_blocks(model)
-    if config.compile is True or (config.compile == "auto" and job.place.device.type == "cuda"):
-        compile_blocks(model)
+    ready(model, config, job.place.device)
     for note in run.notes:
         view.message(note)
     return Trainer(job, model, run, view, log)
