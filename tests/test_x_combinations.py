@@ -32,6 +32,7 @@ REFUSED = {
     ("recurrence", "learned places"): "absolute positions begin anew",
     ("recurrence", "sinusoidal places"): "absolute positions begin anew",
     ("recurrence", "tupe"): "absolute places begin anew",
+    ("rotary", "distance vectors"): "queries that are turned already",
     ("continuous", "tied logits"): "there is no token table",
     ("reversible, end to end", "tied logits"): "the states are 32 wide, the token table's rows 16",
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from x_models import ATTENTION, DIM, FFN, LENGTH, VOCAB, agree, context, fresh, model_of, normed, random
+from x_options import base
 
 from xtcli.errors import UserError
 from xtcli.parts.scope import Refused
@@ -80,6 +81,19 @@ def test_padding_between_memory_tokens_and_words_does_not_count(position: Any) -
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     found = model(input_ids=padded, attention_mask=mask, position_ids=places).last_hidden_state[:, 4:]
     torch.testing.assert_close(found, model(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("position", ["t5", "alibi", "rotary", {"kind": "shaw", "distance": 6}])
+def test_padding_behind_memory_tokens_does_not_count_in_an_encoder_decoder(position: Any) -> None:
+    tree = base("encoder-decoder")
+    for side in ("encoder", "decoder"):
+        tree[side] |= {"memory_tokens": 3}
+        tree[side]["stack"]["position"] = position
+    model = fresh("encoder-decoder", tree)
+    ids, mask = torch.arange(LENGTH)[None], torch.tensor([[0] * 4 + [1] * LENGTH])
+    padded = F.pad(ids, (4, 0))
+    found = model(input_ids=padded, attention_mask=mask, decoder_input_ids=padded, decoder_attention_mask=mask)
+    torch.testing.assert_close(found.logits[:, 4:], model(input_ids=ids, decoder_input_ids=ids).logits)
 
 
 def test_documents_cannot_be_packed_behind_memory_tokens_that_read() -> None:

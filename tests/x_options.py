@@ -190,6 +190,7 @@ OPTIONS = (
     Option("alibi", position("alibi")),
     Option("rotary", position("rotary")),
     Option("distance mlp", position("distance-mlp", hidden=8)),
+    Option("distance vectors", position("shaw", distance=4, key_term=True)),
     Option("infused", position("infused")),
     Option("tupe", position("tupe")),
     Option("learned places", absolute("learned"), "absolute"),

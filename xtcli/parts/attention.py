@@ -197,8 +197,11 @@ class Attention(Heads):
         added = positions.joined(ways.get("bias", ()))
         bias = None if added is None else shared.bias(added, scope.at("", head_dim=self.head_dim), self.heads)
         added = positions.joined(ways.get("relative", ()))
-        if added is not None and self.groups != self.heads:
-            raise Impossible("position", f"'{added.kind}' needs as many kv_heads as heads")
+        if added is not None and "turn" in ways:
+            cause = (
+                f"'{added.kind}' would multiply queries that are turned already, so that places count, not distances"
+            )
+            raise Impossible("position", cause, "use t5 or alibi beside a rotation, or one of both alone")
         self.relative = None if added is None else scope.make("position", added, self.head_dim, heads=self.heads)
         self.look(config, scope, bias)
 

@@ -300,13 +300,17 @@ class Relative(nn.Module):
         self.table = Table(2 * config.distance + 1, head_dim)
 
     def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
-        """q (B, H, T, d), k (B, H, S, d) -> (B, H, T, S), already scaled."""
+        """q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S), already scaled."""
         steps = (-slot_distance(ctx, q.shape[2])).clamp(-self.distance, self.distance) + self.distance
         vectors = self.table(steps)  # (B|1, T, S, d)
-        if vectors.shape[0] == 1:
-            scores = torch.einsum("bhtd,tsd->bhts", q, vectors[0])
-            return (scores + torch.einsum("bhsd,tsd->bhts", k, vectors[0]) if self.key_term else scores) * self.factor
-        scores = torch.einsum("bhtd,btsd->bhts", q, vectors)
+        asked = _with_distances("bgntd", q.unflatten(1, (k.shape[1], -1)), vectors)
         if self.key_term:
-            scores = scores + torch.einsum("bhsd,btsd->bhts", k, vectors)
-        return scores * self.factor
+            asked = asked + _with_distances("bgnsd", k[:, :, None], vectors)
+        return asked.flatten(1, 2) * self.factor
+
+
+def _with_distances(axes: str, x: Tensor, vectors: Tensor) -> Tensor:
+    """x (B, G, n, T or S, d) times vectors (B|1, T, S, d) -> (B, G, n, T, S)."""
+    if vectors.shape[0] == 1:
+        return torch.einsum(f"{axes},tsd->bgnts", x, vectors[0])
+    return torch.einsum(f"{axes},btsd->bgnts", x, vectors)

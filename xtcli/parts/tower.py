@@ -119,6 +119,9 @@ class Tower(nn.Module):
         keep = None if mask is None else mask.to(device=device, dtype=torch.bool)
         if keep is not None and bool(keep.all()):
             keep = None
+        if keep is not None and self.prefix is not None and not placed and keep.shape == (batch, end):
+            # Padding between the memory tokens and the words of a row must not count.
+            places = (keep.cumsum(1) - 1).clamp(min=0)[:, past:]
         remembered = 0 if not old else old[0].shape[1]
         if keep is not None and keep.shape not in ((batch, end), (batch, remembered + end)):
             raise ValueError(f"attention_mask has shape {tuple(keep.shape)}, expected {(batch, end)}")

@@ -120,13 +120,14 @@ class Wave(nn.Module):
         return found
 
     def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
-        """q (B, H, T, d), k (B, H, S, d) -> (B, H, T, S), already scaled."""
+        """q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S), already scaled."""
         both: Tensor = (self.content(k, ctx) + self.places(q, k.shape[2], ctx)) * self.factor
         return both
 
     def content(self, k: Tensor, ctx: Ctx) -> Tensor:
-        """(B, H, 1, S): u k."""
-        return torch.einsum("hd,bhsd->bhs", self.own(ctx).content, k)[:, :, None]
+        """k (B, G, S, d) -> (B, H, 1, S): u k."""
+        grouped = self.own(ctx).content.unflatten(0, (k.shape[1], -1))  # (G, H / G, d)
+        return torch.einsum("gnd,bgsd->bgns", grouped, k).flatten(1, 2)[:, :, None]
 
     def places(self, q: Tensor, keys: int, ctx: Ctx) -> Tensor:
         """(B, H, T, S): (q + v) W r."""
