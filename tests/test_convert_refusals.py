@@ -173,7 +173,7 @@ OPTIONS = [
     ("bert", {"position_embedding_type": "relative"}, "position_embedding_type: is 'relative'"),
     ("bert", {"tie_encoder_decoder": True}, "tie_encoder_decoder"),
     ("t5", {"feed_forward_proj": "gatd-gelu"}, "feed_forward_proj"),
-    ("t5", {"is_decoder": True}, "is_decoder"),
+    ("t5", {"is_decoder": True, "architectures": ["T5EncoderModel"]}, "is_decoder: is true, and an encoder alone"),
 ]
 
 

@@ -49,7 +49,7 @@ CASES = [
     Case("GPT2Model", CROSS | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
     Case("GPT2DoubleHeadsModel"),
     *(Case("GPT2DoubleHeadsModel", {"summary_type": kind}) for kind in ("last", "first", "mean")),
-    Case("GPT2DoubleHeadsModel", {"summary_activation": "tanh"}),
+    *(Case("GPT2DoubleHeadsModel", {"summary_activation": name}) for name in ("tanh", "")),
     Case("GPT2DoubleHeadsModel", {"summary_proj_to_labels": False, "summary_activation": "gelu_new"}),
     Case("GPT2DoubleHeadsModel", {"summary_use_proj": False, "tie_word_embeddings": False}),
     Case("GPT2ForSequenceClassification"),
@@ -107,7 +107,7 @@ CASES = [
     Case("BertForMultipleChoice"),
     Case("BertForTokenClassification", {"num_labels": 4}),
     Case("BertForQuestionAnswering"),
-    Case("T5Model"),
+    Case("T5Model", {"is_decoder": True}),
     Case("T5ForConditionalGeneration", lengths=(1, 17, 150)),
     Case("T5ForConditionalGeneration", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
     *(

@@ -121,6 +121,8 @@ class Embedding(nn.Module):
         given = ids if ids is not None else vectors
         if given is None:
             raise ValueError("neither input_ids nor inputs_embeds were given")
+        if ids is not None and vectors is not None:
+            raise ValueError("input_ids and inputs_embeds are the same text, and both were given; leave one out")
         return given.shape[0], given.shape[1], given.device
 
     def blank(self, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

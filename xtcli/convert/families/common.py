@@ -34,9 +34,12 @@ _ACTIVATIONS = {
 }
 
 
-def activation(first: str | None) -> Code:
-    """Activation names; `first` is the name that the family itself uses where several mean the same (None: no name)."""
-    return table({first: "identity" if first is None else _ACTIVATIONS[first]} | _ACTIVATIONS)
+def activation(first: str | None, *none: str) -> Code:
+    """Activation names; `first` is the name that the family itself uses where several mean the same (None: no name),
+    `none` are further words for no activation."""
+    return table(
+        {first: "identity" if first is None else _ACTIVATIONS[first]} | _ACTIVATIONS | dict.fromkeys(none, "identity")
+    )
 
 
 def labels(usual: int) -> Custom:

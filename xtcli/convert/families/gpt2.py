@@ -102,7 +102,8 @@ SUMMARY = {
         code=table({"cls_index": "given", "last": "last", "first": "first", "mean": "mean"}),
     ),
     "project": Custom(_projection, _write_projection),
-    "act": Key("summary_activation", str, None, code=activation(None)),
+    # An empty name means what null does.
+    "act": Key("summary_activation", str, None, code=activation(None, "")),
     "dropout": Key("summary_first_dropout", float, 0.1),
     "last_dropout": Key("summary_last_dropout", float, 0.0),
 }

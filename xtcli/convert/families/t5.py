@@ -7,7 +7,7 @@ from typing import Any
 
 from xtcli.convert.families.common import LABELS, PAD, PROBLEM, START, TWO_OUTPUTS, activation
 from xtcli.convert.family import Family, Form, Shapes
-from xtcli.convert.options import Custom, Key, Options, Unexpressed, table
+from xtcli.convert.options import OMIT, Custom, Key, Options, Unexpressed, table
 from xtcli.convert.rules import Rule, layer, one
 
 DROPOUT = Key("dropout_rate", float, 0.1)
@@ -130,7 +130,16 @@ BOTH = {
     "encoder": side(LAYERS, cross=False),
     "decoder": side(DECODER_LAYERS, cross=True),
 }
-ENCODER = {"kind": "encoder", **side(LAYERS, cross=False)}
+
+
+def _alone(options: Options) -> Any:
+    """An encoder alone takes `is_decoder` at its word; with a decoder beside it neither side reads it."""
+    if options.get("is_decoder", bool, False):
+        options.refuse("is_decoder", "is true, and an encoder alone would be causal", "only false converts")
+    return OMIT
+
+
+ENCODER = {"kind": "encoder", "alone": Custom(_alone, lambda value, found: None), **side(LAYERS, cross=False)}
 
 
 def legacy(prefix: str) -> Any:
@@ -219,11 +228,10 @@ T5 = Family(
     ),
     ties=ties,
     prefixes=("", "transformer."),
-    fixed={"add_cross_attention": (False,), "is_decoder": (False,)},
     neutral=frozenset(
         """
         is_encoder_decoder num_decoder_layers classifier_dropout tie_word_embeddings
-        relative_attention_max_distance dense_act_fn is_gated_act n_positions
+        relative_attention_max_distance dense_act_fn is_gated_act n_positions is_decoder add_cross_attention
         """.split()
     ),
     mixed=("wo.weight",),
