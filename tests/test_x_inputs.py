@@ -183,3 +183,26 @@ def test_token_tables_of_both_sides_are_one_where_shared(shared: bool, tied: boo
     if shared:
         used = model.tokens.weight.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
         assert used.nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+
+
+AHEAD = {"kind": "window", "left": 2, "right": 2}
+
+
+@pytest.mark.parametrize(
+    "mask", ["full", AHEAD, {"kind": "any", "of": ["causal", AHEAD]}, {"kind": "all", "of": [AHEAD]}]
+)
+def test_a_decoder_is_not_shown_what_it_is_to_predict(mask: Any) -> None:
+    sublayers = {"attn": ATTENTION | {"mask": mask}, "ffn": FFN}
+    with pytest.raises(Refused, match=r"attn\.mask: '\w+' shows keys behind the query"):
+        model_of("decoder", sublayers=sublayers)
+    assert model_of("encoder", sublayers=sublayers, heads={"mlm": {}})
+
+
+def test_rules_within_a_rule_inherit() -> None:
+    near, joined = ({"kind": "window", "left": 2}, {"kind": "all", "of": ["inherit", {"kind": "window", "left": 2}]})
+    ids = torch.arange(LENGTH)[None]
+    found = [
+        model_of("decoder", sublayers={"attn": ATTENTION | {"mask": mask}, "ffn": FFN})(input_ids=ids).logits
+        for mask in (near, joined)
+    ]
+    torch.testing.assert_close(*found)

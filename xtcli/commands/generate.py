@@ -194,7 +194,8 @@ class _Generation:
         self.task = "label" if labels_texts(self.model, self.preset) else task_of(self.model)
         kind = next((name for name, dtype in DTYPES.items() if str(self.model.dtype) == f"torch.{dtype}"), "mixed")
         self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
-        name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        threads = count(torch.get_num_threads(), "CPU thread")
+        name = torch.cuda.get_device_name(place) if place.type == "cuda" else threads
         where = "mps" if place.type == "mps" else f"{place} ({name})"
         talk(f"{self.folder}: {model.count(self.model):,} parameters, {kind}, on {where}; {self.does()}")
 

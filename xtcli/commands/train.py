@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xtcli.commands.options import Overrides, Size, Tiny
+from xtcli.commands.options import Overrides, Size, Tiny, again
 from xtcli.config.complete import complete_preset
 
 
@@ -83,7 +83,7 @@ def _plan(target: str, changes: list[str], size: str | None, tiny: bool, as_json
         print(json.dumps(text))
     else:
         print(table(text))
-    _talk(f"next: xt train {target}")
+    _talk(f"next: xt train {again(target, changes, size, tiny)}")
 
 
 def _next(code: int, path: Path) -> None:

@@ -207,9 +207,10 @@ class Attention(Heads):
 
     def look(self, config: Any, scope: Scope, bias: int | None) -> None:
         """Settle which keys are seen; `bias` is the number of what positions add to the scores."""
-        rule = config.mask
-        if rule.kind == "inherit":
-            rule = masks.CAUSAL if scope.causal else masks.FULL
+        rule = masks.settled(config.mask, scope.causal)
+        if scope.causal and masks.ahead(rule):
+            cause = f"'{rule.kind}' shows keys behind the query, which a decoder is to predict"
+            raise Impossible("mask", cause, "use {kind: all, of: [causal, ...]}, or an encoder")
         self.aligned = masks.aligned(rule)
         self.view: int = scope.shared.view(rule, bias, False)
         # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,

@@ -39,6 +39,11 @@ class Mask:
         """True where a query in slot `q` (T, 1) may see a key in slot `k` (1, S)."""
         raise AssertionError("a mask kind must say what it allows")
 
+    @staticmethod
+    def ahead(rule: Any) -> bool:
+        """Whether a query may see keys behind it."""
+        return True
+
 
 @part("mask", "causal")
 class Causal(Mask):
@@ -50,6 +55,10 @@ class Causal(Mask):
     @staticmethod
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
+
+    @staticmethod
+    def ahead(rule: Any) -> bool:
+        return False
 
 
 @part("mask", "full")
@@ -94,6 +103,10 @@ class Window(Mask):
         band: Tensor = (step >= -rule.left) & (step <= rule.right)
         return band & (step % rule.dilation == 0) if rule.dilation > 1 else band
 
+    @staticmethod
+    def ahead(rule: Any) -> bool:
+        return bool(rule.right >= rule.dilation)
+
 
 @part("mask", "all")
 class AllOf(Mask):
@@ -109,6 +122,10 @@ class AllOf(Mask):
     @staticmethod
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_and, (allowed(r, q, k) for r in rule.of))
+
+    @staticmethod
+    def ahead(rule: Any) -> bool:
+        return all(ahead(one) for one in rule.of)
 
 
 @part("mask", "any")
@@ -126,6 +143,10 @@ class AnyOf(Mask):
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_or, (allowed(r, q, k) for r in rule.of))
 
+    @staticmethod
+    def ahead(rule: Any) -> bool:
+        return any(ahead(one) for one in rule.of)
+
 
 def reach(rule: Any) -> int | None:
     """How many slots a rule looks back at most; None where nothing bounds it."""
@@ -140,6 +161,20 @@ def reach(rule: Any) -> int | None:
 def aligned(rule: Config) -> bool:
     """Whether a rule, or one that it is made of, depends on slots themselves."""
     return part_of(rule).aligned or any(aligned(one) for one in getattr(rule, "of", ()))
+
+
+def settled(rule: Any, causal: bool) -> Config:
+    """The rule with what it inherits put in its place."""
+    if rule.kind == "inherit":
+        return CAUSAL if causal else FULL
+    if hasattr(rule, "of"):
+        rule = rule.model_copy(update={"of": tuple(settled(one, causal) for one in rule.of)})
+    return rule  # type: ignore[no-any-return]
+
+
+def ahead(rule: Config) -> bool:
+    """Whether a query may see keys behind it."""
+    return bool(part_of(rule).ahead(rule))
 
 
 def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
