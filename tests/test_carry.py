@@ -105,7 +105,7 @@ def losses(job: Any, micro: int, steps: int) -> tuple[list[float], torch.Tensor]
         loss = made.backward(batch)
         made.carried.end()
         made.progress.cursor += 4
-        found += list(loss.values())
+        found += [float(value) for value in loss.values()]
     assert made.carried.mems is not None
     return found, made.carried.mems
 

@@ -43,6 +43,10 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__(scope.dim, eps=config.eps, bias=config.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast norms in float32; a stream in 16 bits stays one.
+        return super().forward(x).to(x.dtype)
+
 
 @part("norm", "rms")
 class RMSNorm(nn.Module):
@@ -66,7 +70,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
         scaled = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return scaled * (self.weight + self.offset) if self.offset else scaled * self.weight
+        gain = self.weight + self.offset if self.offset else self.weight
+        return (scaled * gain).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -11,10 +11,8 @@ stopped anywhere goes on as if it had not been, bit for bit on a CPU.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,21 +26,13 @@ from xtcli.runs.run import Run
 from xtcli.runs.state import Progress, Stateful, collect, stateful
 from xtcli.train.carry import Carried
 from xtcli.train.job import Job
-from xtcli.train.optim import build_optimizer, clip, first_non_finite, non_finite_gradients, set_rate
+from xtcli.train.lines import Done, other_unit
+from xtcli.train.optim import build_optimizer, clip, set_rate
+from xtcli.train.outcome import Outcome, search
 from xtcli.train.schedules import schedule
 from xtcli.train.signals import Stopper
 from xtcli.train.view import View
 from xtcli.train.working import Working
-
-
-@dataclass
-class Done:
-    """What has already happened at the current step, so that a resumed run does not repeat it."""
-
-    validated: int = -1
-    sampled: int = -1
-    saved: int = -1
-    val_loss: float | None = None
 
 
 class Trainer:
@@ -65,6 +55,9 @@ class Trainer:
         self.tokens = 0  # real tokens read since then
         self.padded = 0
         self.weights: dict[str, float] = {}  # of the terms of the loss, where they are not 1
+        # On a GPU the host looks at a step while the device is at the next one; what a step leaves must wait for it.
+        self.ahead = self.place.device.type == "cuda" and self.scaler is None and not self.carried.on
+        self.pending: Outcome | None = None
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
@@ -93,6 +86,9 @@ class Trainer:
                     return code
         finally:
             stream.close()
+        code = self.settle()
+        if code:
+            return code
         self.save()
         return stopper.exit_code
 
@@ -111,45 +107,84 @@ class Trainer:
             self.sample()
 
     def step(self, batch: Batch) -> int:
-        """One optimizer step; returns an exit code when it must be the last, before anything is changed."""
+        """One optimizer step; returns an exit code when the run must end, with the weights before the step at fault."""
         started = time.perf_counter()
         progress = self.progress
         set_rate(self.optimizer, self.rate(progress.step))
         with self.working.lent():
             losses = self.backward(batch)
+        code = self.settle()
+        if code:
+            return code
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = clip(self.model, self.config.clip)
-        finite = all(math.isfinite(value) for value in losses.values()) and (
-            self.scaler is not None or math.isfinite(norm.item())
-        )
-        if not finite and self.config.on_non_finite == "stop":
-            self.report_non_finite(batch, losses)
-            return EXIT_NON_FINITE
-        self.carried.end(finite)
-        if not finite:
-            progress.skipped += 1
-            self.run.event("skipped_step", step=progress.step + 1, samples=batch.ids)
-        elif self.scaler is not None:
-            self.scaler.step(self.optimizer)
-        else:
-            self.optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        self.working.refresh()
+        outcome = Outcome.of(progress.step + 1, batch, losses, None if self.scaler is not None else norm)
+        self.pending = outcome
+        if not self.ahead:
+            code = self.settle()
+            if code:
+                return code
+        self.carried.end(not outcome.lost)
+        self.update(outcome)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.cursor += self.config.batch
         progress.tokens += batch.tokens
-        self.place.synchronise()
-        self.seconds += time.perf_counter() - started
         self.tokens += batch.tokens
         self.padded += batch.padded
-        if _due(progress.step, self.config.log_every) or progress.step in (1, self.config.steps):
-            self.log(losses, float(norm))
+        logs = _due(progress.step, self.config.log_every) or progress.step in (1, self.config.steps)
+        if logs or self.halts():
+            code = self.settle()
+            if code:
+                return code
+            self.place.synchronise()
+        self.seconds += time.perf_counter() - started
+        if logs:
+            self.log({head: loss.item() for head, loss in losses.items()}, float(norm))
         return 0
 
-    def backward(self, batch: Batch) -> dict[str, float]:
+    def update(self, outcome: Outcome) -> None:
+        """Change the weights, unless the step is lost; where the host does not know yet, the device decides."""
+        if self.scaler is not None:
+            if not outcome.lost:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.ahead:
+            self.optimizer.found_inf = outcome.flag  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not outcome.lost:
+            self.optimizer.step()
+        self.working.refresh()
+
+    def settle(self) -> int:
+        """Look at the last step that has not been looked at; returns an exit code when it must be the last."""
+        outcome, self.pending = self.pending, None
+        if outcome is None or outcome.finite():
+            return 0
+        progress = self.progress
+        if self.config.on_non_finite == "stop":
+            if progress.step == outcome.step:
+                # The weights were not changed, and the gradients are gone or those of another batch.
+                progress.step -= 1
+                progress.cursor -= self.config.batch
+                progress.tokens -= outcome.batch.tokens
+                self.optimizer.zero_grad(set_to_none=True)
+                with self.working.lent():
+                    self.backward(outcome.batch)
+            self.report_non_finite(outcome)
+            return EXIT_NON_FINITE
+        progress.skipped += 1
+        self.run.event("skipped_step", step=outcome.step, samples=outcome.batch.ids)
+        return 0
+
+    def halts(self) -> bool:
+        """Whether something besides steps is due after this one."""
+        step, config = self.progress.step, self.config
+        every = (config.validate_every, config.sample_every, config.save_every)
+        return step >= config.steps or any(_due(step, each) for each in every)
+
+    def backward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Gradients of the whole batch, summed over its micro-batches; returns the mean loss of each head."""
         wanted = batch.supervised() | self.model.units(batch.inputs)
         counts = {head: max(count, 1) for head, count in wanted.items()}
@@ -167,7 +202,7 @@ class Trainer:
                 self.weights[head] = term.weight
                 share = term.sum.detach() / counts[head]
                 sums[head] = sums[head] + share if head in sums else share
-        return {head: total.item() for head, total in sums.items()}
+        return sums
 
     def total(self, losses: dict[str, float]) -> float:
         """The loss that is learnt from: that of each head by its weight."""
@@ -280,48 +315,21 @@ class Trainer:
         )
         self.done.saved = progress.step
 
-    def report_non_finite(self, batch: Batch, losses: dict[str, float]) -> None:
+    def report_non_finite(self, outcome: Outcome) -> None:
         """Say where the first NaN or infinity arose; weights and checkpoints stay as they were."""
-        gradients = non_finite_gradients(self.model)
-        where = None
-        self.carried.again()
-        for rows in batch.split(self.job.plan.micro_batch):
-            moved = rows.to(self.place.device)
-            inputs = self.carried.join(moved.inputs, len(moved))
 
-            def forward(moved: Batch = moved, inputs: dict[str, Any] = inputs) -> Any:
-                with self.working.lent(), self.place.amp():
-                    return self.model.losses(inputs, moved.targets)
+        def passes() -> Iterator[Callable[[], Any]]:
+            self.carried.again()
+            for rows in outcome.batch.split(self.job.plan.micro_batch):
+                moved = rows.to(self.place.device)
+                inputs = self.carried.join(moved.inputs, len(moved))
+                yield lambda moved=moved, inputs=inputs: self.model.losses(inputs, moved.targets)  # type: ignore[misc]
 
-            where = where or first_non_finite(self.model, forward)
-        step = self.progress.step + 1
-        shown = ", ".join(f"{head} {value}" for head, value in losses.items())
-        self.run.event(
-            "non_finite", step=step, losses=losses, module=where, gradients=gradients[:20], samples=batch.ids
-        )
-        source = f"first in the output of {where}" if where else f"in the gradient of {', '.join(gradients[:3])}"
-        ids = ", ".join(map(str, batch.ids[:8])) + (" ..." if len(batch.ids) > 8 else "")
-        self.view.message(
-            f"stopped before step {step}: not finite, {source}; loss {shown}; samples {ids}. "
-            f"The weights are those of step {step - 1}; checkpoints are untouched. "
-            "Lower train.lr, lengthen train.warmup, or set train.on_non_finite=skip."
-        )
-
-
-def other_unit(heads: Any, names: Iterable[str]) -> dict[str, str]:
-    """What the losses of these heads are counted in, for a line of metrics; nothing where it is nats."""
-    found = sorted({heads[name].unit for name in names if name in heads} - {"nats"})
-    return {"unit": " and ".join(found)} if found else {}
+        with self.working.lent(), self.place.amp():
+            fault = search(self.model, outcome, passes())
+        self.run.event("non_finite", **fault.facts)
+        self.view.message(fault.sentence)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def logged(lines: Iterator[dict[str, Any]] | list[dict[str, Any]], step: int) -> Done:
-    """What the log says has been done at `step`."""
-    done = Done()
-    for line in lines:
-        if "val_loss" in line and line["step"] == step:
-            done.validated, done.val_loss = step, line["val_loss"]
-    return done

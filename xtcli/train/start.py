@@ -20,7 +20,8 @@ from xtcli.runs.run import ENVIRONMENT, Run, check_disk, gib
 from xtcli.runs.state import restore
 from xtcli.train.board import open_board
 from xtcli.train.job import Job, complete, make_job, with_weights
-from xtcli.train.loop import Trainer, logged
+from xtcli.train.lines import logged
+from xtcli.train.loop import Trainer
 from xtcli.train.plan import lines
 from xtcli.train.signals import Stopper
 from xtcli.train.transforms import ready
