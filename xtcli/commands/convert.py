@@ -52,6 +52,8 @@ def command(
     else:
         for subject, text in report.lines():
             print(f"{subject:>9}  {text}")
+    if report.missing:
+        print(f"warning: {report.missing}", file=sys.stderr)
     if dry_run:
         print("nothing was written", file=sys.stderr)
     elif report.to == "xt":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xtcli.convert.casts import Cast
 from xtcli.convert.checks import check, counted, label
-from xtcli.convert.companions import copy_companions
+from xtcli.convert.companions import Vocabulary, copy_companions, vocabulary
 from xtcli.convert.engine import backward, same_bits, to_ours
 from xtcli.convert.files import Source, Writer, open_source
 from xtcli.convert.pickles import unpickled
@@ -51,6 +51,7 @@ class Import:
     claims: Claims
     like: Mapping[str, Tensor]
     cast: Cast
+    vocabulary: Vocabulary
 
     def get(self, name: str) -> Tensor:
         """A tensor of theirs by the plan's name."""
@@ -82,7 +83,9 @@ def import_checkpoint(
         plan, claims = read(chosen, values, list(source.entries), str(folder))
         check(plan, claims, source, str(folder))
         plan = replace(plan, config=with_settings(plan.config, folder))
-        job = Import(folder, source, values, plan, claims, skeleton(plan.config, str(folder)), cast)
+        like = skeleton(plan.config, str(folder))
+        config: Any = plan.config
+        job = Import(folder, source, values, plan, claims, like, cast, vocabulary(folder, config.vocab > 1))
         report = describe(job, target)
         commit(report, lambda inside: write(job, inside, report), lambda inside: {"": sides(job, inside)})
     return report
@@ -148,6 +151,8 @@ def describe(job: Import, target: str) -> Report:
         kept=sorted(claims.kept),
         renamed=sorted(claims.renamed),
         retyped=job.cast.changed,
+        tokenizer=job.vocabulary.made,
+        missing=job.vocabulary.missing,
     )
 
 
@@ -167,7 +172,7 @@ def write(job: Import, inside: Path, report: Report) -> None:
         with Writer(inside / REFERENCE, kept, KEPT) as writer:
             for name in kept:
                 writer.put(name, job.cast(name, job.get(name)))
-    report.companions = copy_companions(job.folder, inside)
+    report.companions = copy_companions(job.folder, inside) + job.vocabulary.write(inside)
     (inside / "preset.yaml").write_text(preset_yaml(job.plan, job.values, job.folder.name), encoding="utf-8")
     report.rounding = job.cast.rounding
     report.bit_exact = not job.cast.changed and unchanged(job, inside)

@@ -19,7 +19,8 @@ class Report:
     tensors, bytes: of the source's file. ties: names that stand for another tensor. drops: buffers left out
     since every build computes them. kept: tensors that nothing reads, given back on the way out. renamed:
     names of older files. retyped: tensors whose type changed, by `before -> after`. rounding: the largest error
-    that made, with its tensor. bit_exact: every tensor was read back and gave the source's bytes again. members: the
+    that made, with its tensor. tokenizer: what tokenizer.json was made of, where the source has none; missing: why none
+    could be made. bit_exact: every tensor was read back and gave the source's bytes again. members: the
     folders below the target with their classes, where the source holds several models.
     """
 
@@ -37,6 +38,8 @@ class Report:
     renamed: list[str] = field(default_factory=list)
     invented: list[str] = field(default_factory=list)
     companions: list[str] = field(default_factory=list)
+    tokenizer: str = ""
+    missing: str = ""
     retyped: dict[str, int] = field(default_factory=dict)
     rounding: dict[str, Any] | None = None
     bit_exact: bool | None = None
@@ -76,6 +79,8 @@ class Report:
             yield "rounding", f"at most {self.rounding['error']:.3g} (absolute), in {self.rounding['tensor']}"
         if self.companions:
             yield "beside", ", ".join(self.companions)
+        if self.tokenizer:
+            yield "tokenizer", self.tokenizer
         if self.bit_exact is not None:
             exact = "bit-exact: read back, every tensor gives the source's bytes"
             yield "fidelity", exact if self.bit_exact else "not bit-exact, see dtype"

@@ -17,7 +17,7 @@ from typing import Any
 from xtcli.data.decode import Decoder, byte_letters
 from xtcli.errors import refuse
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 CUSTOMARY = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -70,27 +70,14 @@ def load(path: Path, special: Mapping[str, str]) -> tuple[Any, dict[str, str], d
     A role comes from `special`, else from tokenizer_config.json or special_tokens_map.json; where these state none
     at all, from a customary name. Raises UserError for a file that is missing or no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        cause = f"holds no {FILE}" if path.is_dir() else "no such file or folder"
-        raise refuse(cause, f"give a {FILE} of the tokenizers library or its folder", place=str(path))
-    if file.stat().st_size > LIMIT:
-        raise refuse(f"is larger than {LIMIT >> 20} MiB", "give a tokenizer.json", place=str(file))
-    try:
-        library = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:
-        # The library raises bare Exception for whatever it cannot read.
-        cause = f"is not a tokenizer ({str(error).splitlines()[0]})"
-        remedy = f"give a {FILE} of the tokenizers library; a SentencePiece model must be converted first"
-        raise refuse(cause, remedy, place=str(file)) from None
+    library = _library(file) if file.is_file() else _older(path)
     library.no_padding()
     library.no_truncation()
-    kept = _json(file.with_name(SETTINGS))
-    stated = _json(file.with_name("special_tokens_map.json")) | kept
-    found = {role: _content(stated.get(f"{role}_token")) for role in ROLES}
+    kept = read_json(file.with_name(SETTINGS))
+    stated = read_json(file.with_name(MAP)) | kept
+    found = {role: content(stated.get(f"{role}_token")) for role in ROLES}
     if not any(found.values()):
         found = {role: _customary(role, library) for role in ROLES}
     names = {role: token for role, token in found.items() if token and library.token_to_id(token) is not None}
@@ -98,19 +85,46 @@ def load(path: Path, special: Mapping[str, str]) -> tuple[Any, dict[str, str], d
     return library, dict(sorted(names.items(), key=lambda item: library.token_to_id(item[1]) or 0)), kept
 
 
+def _library(file: Path) -> Any:
+    """The library's tokenizer in a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    if file.stat().st_size > LIMIT:
+        raise refuse(f"is larger than {LIMIT >> 20} MiB", "give a tokenizer.json", place=str(file))
+    try:
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:
+        # The library raises bare Exception for whatever it cannot read.
+        cause = f"is not a tokenizer ({str(error).splitlines()[0]})"
+        remedy = f"give a {FILE} of the tokenizers library; a SentencePiece model must be converted first"
+        raise refuse(cause, remedy, place=str(file)) from None
+
+
+def _older(path: Path) -> Any:
+    """The tokenizer of a folder without a tokenizer.json, from the files that came before it."""
+    from xtcli.data.vocabularies import build
+
+    made = build(path) if path.is_dir() else None
+    if made is None:
+        cause = f"holds no {FILE}" if path.is_dir() else "no such file or folder"
+        raise refuse(cause, f"give a {FILE} of the tokenizers library or its folder", place=str(path))
+    return made.library
+
+
 def _customary(role: str, library: Any) -> str | None:
     added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     return next((name for name in CUSTOMARY[role] if name in added), None)
 
 
-def _content(token: Any) -> str | None:
+def content(token: Any) -> str | None:
     """A token as transformers writes it: a string or a map."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A map from a JSON file, empty where there is none; raises UserError for anything else."""
     if not file.is_file():
         return {}
     try:
