@@ -36,7 +36,16 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": 48,
     },
+    "bart": {
+        "vocab_size": VOCAB,
+        "d_model": 24,
+        "decoder_ffn_dim": 40,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": 48,
+    },
 }
+TEXT |= {"roberta": TEXT["bert"] | {"pad_token_id": 1}, "electra": TEXT["bert"] | {"embedding_size": 24}}
 TOLERANCE = 2e-5
 
 
@@ -145,8 +154,7 @@ def test_images_of_another_size_are_refused_with_the_sizes() -> None:
 
 def captioner(text: str, encoder: dict[str, Any], decoder: dict[str, Any], top: dict[str, Any]) -> Any:
     seeing = transformers.ViTConfig(**VIT | json.loads(json.dumps(encoder)))
-    cls = {"gpt2": transformers.GPT2Config, "bert": transformers.BertConfig}[text]
-    writing = cls(**TEXT[text] | json.loads(json.dumps(decoder)))
+    writing = transformers.AutoConfig.for_model(text, **TEXT[text] | json.loads(json.dumps(decoder)))
     settings = {"pad_token_id": 60, "decoder_start_token_id": 58} | top
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(seeing, writing, **settings)
     config.encoder._attn_implementation = config.decoder._attn_implementation = "eager"
@@ -164,6 +172,14 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("bert", {"hidden_size": 32}, {"tie_word_embeddings": False, "hidden_act": "relu"}, {}),
     # With a cache the reference measures all distances from the last place.
     ("bert", {}, {"position_embedding_type": "relative_key", "use_cache": False}, {}),
+    ("bert", {}, {"cross_attention_hidden_size": 24}, {"pad_token_id": None}),
+    # Its places are counted from another padding than the pair's.
+    ("roberta", {"hidden_size": 32}, {}, {}),
+    # The same network as BERT's, under other names.
+    ("electra", {}, {}, {}),
+    ("electra", {"hidden_size": 32}, {"embedding_size": 10, "tie_word_embeddings": False}, {}),
+    ("bart", {"hidden_size": 32}, {"scale_embedding": True, "activation_function": "relu"}, {}),
+    ("bart", {}, {"tie_word_embeddings": False, "decoder_layers": 1}, {}),
 ]
 
 
@@ -178,8 +194,14 @@ def test_captioner_equals_the_reference(text: str, encoder: Any, decoder: Any, t
         "one": {"pixel_values": pixels, "decoder_input_ids": ids(3, 1)},
         "many": {"pixel_values": pixels, "decoder_input_ids": ids(3, 17)},
         "padded": {"pixel_values": pixels, "decoder_input_ids": ids(3, 12), "decoder_attention_mask": kept},
-        "labels": {"pixel_values": pixels, "labels": words},
     }
+    if theirs.config.pad_token_id is not None:
+        given["labels"] = {"pixel_values": pixels, "labels": words}
+    if text != "bart":
+        places = torch.tensor([[3, 1, 4]])
+        given["places"] = {"pixel_values": pixels, "decoder_input_ids": ids(3, 3), "decoder_position_ids": places}
+        types = torch.tensor([[0, 1, 1]] * 3)
+        given["types"] = {"pixel_values": pixels, "decoder_input_ids": ids(3, 3), "decoder_token_type_ids": types}
     for feed, one in given.items():
         off = {key: value for key, value in difference(theirs, ours, one).items() if not value <= TOLERANCE}
         assert not off, (feed, off)
@@ -199,7 +221,8 @@ def test_captioner_files_come_back(text: str, encoder: Any, decoder: Any, top: A
     [
         ("encoder", {"model_type": "swin"}, "encoder.model_type"),
         ("decoder", {"add_cross_attention": False}, "add_cross_attention"),
-        ("decoder", {"cross_attention_hidden_size": 24}, "cross_attention_hidden_size"),
+        ("decoder", {"cross_attention_hidden_size": 32}, "is 32, the encoder's width 24 and the decoder's 24"),
+        ("decoder", {"model_type": "xlnet"}, "decoder.model_type.*xt converts gpt2, bert, roberta, electra, bart"),
         ("encoder", {"window": 3}, "window"),
     ],
 )

@@ -40,7 +40,8 @@ class Form:
 
     name: the class. prefix: what precedes the trunk's names. heads, more: templates of `model.heads` and of
     further keys of `model`. spare: groups of tensors (whole name -> shape) that files of this form may hold
-    though it does not use them; a group is there wholly or not at all.
+    though it does not use them; a group is there wholly or not at all. fits: whether a config.json may be of this form,
+    where its `architectures` name several. trunk, ties, dead: those of the family unless said.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Form:
     heads: Mapping[str, Any]
     more: Mapping[str, Any] = field(default_factory=dict)
     spare: Callable[[Config], Sequence[Shapes]] = lambda config: ()
+    fits: Callable[[Mapping[str, Any]], bool] = lambda values: True
+    trunk: Callable[[Config], Sequence[Rule]] | None = None
+    ties: Callable[[Any, str], Mapping[str, str]] | None = None
+    dead: Callable[[Config], Shapes] | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def make_plan(family: Family, form: Form, config: Any, ours: Mapping[str, Tensor
     prefix = form.prefix
     trunk = [
         Rule(tuple(prefix + name for name in rule.theirs), rule.ours, rule.operation, rule.each)
-        for rule in family.trunk(config)
+        for rule in (form.trunk or family.trunk)(config)
     ]
     found = moves([*trunk, *family.heads], {name: tensor.detach().to("meta") for name, tensor in ours.items()})
     shapes: dict[str, tuple[int, ...]] = {}
@@ -86,9 +86,9 @@ def make_plan(family: Family, form: Form, config: Any, ours: Mapping[str, Tensor
         config,
         found,
         shapes,
-        {prefix + name: shape for name, shape in family.dead(config).items()},
+        {prefix + name: shape for name, shape in (form.dead or family.dead)(config).items()},
         form.spare(config),
-        family.ties(config, prefix),
+        (form.ties or family.ties)(config, prefix),
         [Drop(prefix + drop.template, drop.holds, drop.check) for drop in family.drops],
     )
 

@@ -115,7 +115,12 @@ def skeleton(config: Config, place: str, keys: Callable[[str], str] = str) -> di
 
 
 def forms(family: Family, values: Mapping[str, Any], place: str) -> list[Form]:
-    """The forms that config.json allows: those of its `architectures`, or all."""
+    """The forms that config.json allows: those of its `architectures`, or all; of these the ones that fit, if any."""
+    found = _named(family, values, place)
+    return [form for form in found if form.fits(values)] or found
+
+
+def _named(family: Family, values: Mapping[str, Any], place: str) -> list[Form]:
     stated = values.get("architectures")
     if stated is None or stated == []:
         return list(family.forms)

@@ -34,6 +34,7 @@ class TowerConfig(Config):
     dim: int | None = field("width of its residual stream; null = model.dim", None, gt=0, tiny=64)
     dropout: float | None = field("default of every dropout on this side; null = model.dropout", None, ge=0, lt=1)
     norm: NormSlot = field("default of every norm on this side", norms.INHERIT)
+    pad: int | None = field("id of this side's padding; null = model.pad", None, ge=0, tiny=511)
     embed: EmbedSlot = field("what enters", Tokens.Config())
     stack: StackSlot = field("the blocks")
     memory_tokens: int | None = field("learned tokens in front of the text, through all layers", None, gt=0, tiny=4)
@@ -47,6 +48,7 @@ def _tower(config: TowerConfig, scope: Scope, shares: bool) -> Tower:
         dim=config.dim or scope.dim,
         dropout=scope.dropout if config.dropout is None else config.dropout,
         norm=scope.norm if config.norm.kind == "inherit" else config.norm,
+        pad=scope.pad if config.pad is None else config.pad,
     )
     if getattr(config.stack, "recurrence", None) is not None:
         cause = "an encoder-decoder maps one whole text to another and carries nothing on to the next"
@@ -147,6 +149,8 @@ class EncoderDecoder(Graph):
         source: Tensor | None = None,
         extras: Mapping[str, Tensor] | None = None,
         ledger: Ledger | None = None,
+        places: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Hidden:
         """Target ids (B, T) and the memory -> what the heads read; `attention_mask` (B, S) is the source's.
 
@@ -159,6 +163,8 @@ class EncoderDecoder(Graph):
             decoder_input_ids,
             decoder_inputs_embeds,
             mask=decoder_attention_mask,
+            segments=segments,
+            places=places,
             table=self.shared_table(),
             memory=memory,
             memory_mask=attention_mask,
@@ -214,6 +220,8 @@ class EncoderDecoder(Graph):
         *,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        decoder_token_type_ids: Tensor | None = None,
         encoder_outputs: Any = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -255,6 +263,8 @@ class EncoderDecoder(Graph):
             input_ids,
             given,
             ledger,
+            decoder_position_ids,
+            decoder_token_type_ids,
         )
         labelled = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         labelled |= labels_by_name

@@ -6,47 +6,59 @@ labels that it shifts twice, to the right for the decoder's inputs and to the le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from xtcli.convert.families.bart import BART
 from xtcli.convert.families.bert import BERT
-from xtcli.convert.families.common import given
+from xtcli.convert.families.common import PAD, START, given
+from xtcli.convert.families.electra import ELECTRA
 from xtcli.convert.families.gpt2 import GPT2
+from xtcli.convert.families.roberta import ROBERTA
 from xtcli.convert.families.vit import VIT
 from xtcli.convert.family import COMMON_FIXED, COMMON_NEUTRAL, Drop, Family, Form, Shapes
-from xtcli.convert.options import Custom, Options, Unexpressed, dump, load
+from xtcli.convert.options import Custom, Options, Unexpressed, dump, load, settle
 from xtcli.convert.rules import Rule, layer
+from xtcli.convert.same import difference
 from xtcli.registry import Config, Slot, tree
 
-ENCODERS = {"vit": (VIT, next(form for form in VIT.forms if form.name == "ViTModel" and "pooler" not in form.more))}
-DECODERS = {
+SEES = VIT, next(form for form in VIT.forms if form.name == "ViTModel" and "pooler" not in form.more)
+WRITES = {
     family.name: (family, next(form for form in family.forms if form.name == name))
-    for family, name in ((GPT2, "GPT2LMHeadModel"), (BERT, "BertLMHeadModel"))
+    for family, name in (
+        (GPT2, "GPT2LMHeadModel"),
+        (BERT, "BertLMHeadModel"),
+        (ROBERTA, "RobertaForCausalLM"),
+        (ELECTRA, "ElectraForCausalLM"),
+        (BART, "BartForCausalLM"),
+    )
 }
-Sides = Mapping[str, tuple[Family, Form]]
+"""Encoder, and decoders by the name that config.json gives them. One network may be a model of several of these."""
+Half = tuple[Family, Form]
 
 SAVED = frozenset("is_encoder_decoder is_decoder add_cross_attention tie_word_embeddings".split())
 """Keys of a side that both kinds of models have and that its place here settles."""
 READS = {"is_decoder": True, "add_cross_attention": True}
+READ = "cross_attention_hidden_size"
 
 
-def _side(options: Options, name: str, sides: Sides, settled: dict[str, Any]) -> dict[str, Any]:
+def _side(options: Options, name: str, half: Half, known: Iterable[str], settled: dict[str, Any]) -> dict[str, Any]:
     """The tree of one side as a model of its own; `settled` are options that it must have."""
+    family, form = half
     values = options.get(name, dict, {})
     kind = values.get("model_type")
-    if kind not in sides:
-        options.refuse(f"{name}.model_type", f"is {kind!r}", f"xt converts {', '.join(sides)}")
-        kind = next(iter(sides))
+    if kind not in family.types:
+        options.refuse(f"{name}.model_type", f"is {kind!r}", f"xt converts {', '.join(known)}")
         values = {}
-    family, form = sides[kind]
     inner = Options(values | settled, options.place)
     found: dict[str, Any] = load(family.template(form), inner)
     fixed = {**COMMON_FIXED, **family.fixed}
     for key, value in values.items():
         if key in settled and value != settled[key]:
             inner.refuse(key, f"is {value!r}", f"only {settled[key]!r} converts")
-        elif key in fixed and value not in fixed[key] and key not in settled:
+        elif key in fixed and value not in fixed[key] and key not in {*settled, READ}:
             inner.refuse(key, f"is {value!r}, which xt does not express", f"only {fixed[key][0]!r} converts")
         elif key not in {*fixed, *inner.used, *settled} and key not in family.neutral | COMMON_NEUTRAL | SAVED:
             inner.refuse(key, f"is no option of {family.title} that xt knows")
@@ -54,9 +66,13 @@ def _side(options: Options, name: str, sides: Sides, settled: dict[str, Any]) ->
     return found
 
 
-def _load(options: Options, shift: bool | None) -> dict[str, Any]:
-    encoder = _side(options, "encoder", ENCODERS, {})
-    decoder = _side(options, "decoder", DECODERS, READS)
+def _load(options: Options, writes: Half, shift: bool | None) -> dict[str, Any]:
+    encoder = _side(options, "encoder", SEES, [VIT.name], {})
+    decoder = _side(options, "decoder", writes, WRITES, READS)
+    widths = options.get("decoder", dict, {}).get(READ), encoder["dim"], decoder["dim"]
+    if widths[0] is not None and len(set(widths)) > 1:
+        cause = f"is {widths[0]}, the encoder's width {widths[1]} and the decoder's {widths[2]}"
+        options.refuse(f"decoder.{READ}", cause, "the reference cannot run this unless all are one; leave it out")
     shared = ("vocab", "dim", "context", "dropout", "norm", "init", "heads")
     found: dict[str, Any] = {"kind": "encoder-decoder", "share_tokens": False} | {
         name: decoder[name] for name in shared
@@ -65,27 +81,28 @@ def _load(options: Options, shift: bool | None) -> dict[str, Any]:
     found["encoder"] = {name: encoder[name] for name in ("dim", "dropout", "norm", "embed", "stack")}
     found["decoder"] = {name: decoder[name] for name in ("embed", "stack")}
     # The tokens that a text is padded and begun with are named by the pair; older files name them in the decoder.
-    inner = options.values.get("decoder") or {}
-    for ours, theirs in (("pad", "pad_token_id"), ("start", "decoder_start_token_id")):
-        own = given(options, theirs, int, None)
-        found[ours] = inner.get(theirs) if own is None else own
+    own = given(options, PAD.name, int, None)
+    found["pad"] = decoder["pad"] if own is None else own
+    found["decoder"]["pad"] = None if decoder["pad"] == found["pad"] else decoder["pad"]
+    start = START.load(options)
+    found["start"] = (options.values.get("decoder") or {}).get(START.name) if start is None else start
     found["bridge"] = encoder["dim"] != decoder["dim"]
     return found
 
 
-def _dump(found: Any, values: dict[str, Any]) -> None:
+def _dump(found: Any, values: dict[str, Any], writes: Half) -> None:
     if found.get("kind") != "encoder-decoder":
         raise Unexpressed(f"is '{found.get('kind')}', not 'encoder-decoder'")
     if found["share_tokens"]:
         raise Unexpressed("no option stands for one token table on both sides")
     encoder, decoder = _apart(found)
-    values["encoder"] = _written(encoder, ENCODERS, {})
-    values["decoder"] = _written(decoder, DECODERS, READS)
+    values["encoder"] = _said(encoder, SEES, {})
+    values["decoder"] = _said(decoder, writes, READS)
     values |= {"pad_token_id": found["pad"], "decoder_start_token_id": found["start"]}
 
 
 def _apart(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trees of both sides, each as a model of its own."""
+    """The trees of both sides, each as a model of its own; whether labels are shifted is the pair's."""
     inner, outer = found["encoder"], found["decoder"]
     if any(outer[name] not in (None, {"kind": "inherit"}, found[name]) for name in ("dim", "dropout", "norm")):
         raise Unexpressed("decoder: it has defaults of its own; state them for the model")
@@ -101,50 +118,53 @@ def _apart(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "stack": inner["stack"],
         "heads": {},
     }
-    shared = {name: found[name] for name in ("vocab", "dim", "context", "dropout", "norm", "init", "pad", "heads")}
-    memory = found["dim"] if found["bridge"] else width
-    decoder = {"kind": "decoder", **shared, "memory": memory, "embed": outer["embed"], "stack": outer["stack"]}
+    shared = {name: found[name] for name in ("vocab", "dim", "context", "dropout", "norm", "init")}
+    decoder = {
+        "kind": "decoder",
+        **shared,
+        "pad": found["pad"] if outer["pad"] is None else outer["pad"],
+        "memory": found["dim"] if found["bridge"] else width,
+        "embed": outer["embed"],
+        "stack": outer["stack"],
+        "heads": {"lm": found["heads"]["lm"] | {"shift": None}},
+    }
     return encoder, decoder
 
 
-def _written(side: Mapping[str, Any], sides: Sides, settled: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the first family that says what a side is."""
-    reasons = []
-    for kind, (family, form) in sides.items():
-        found: dict[str, Any] = {}
-        try:
-            dump(family.template(form), side, found, str(side["kind"]))
-            Slot("graph").validate(load(family.template(form), Options(found | settled, kind)))
-            return {**found, **settled, "model_type": kind, "architectures": [form.name]}
-        except Unexpressed as reason:
-            reasons.append(f"{family.title}: {reason}")
-    raise Unexpressed("; ".join(reasons))
+def _said(side: Mapping[str, Any], half: Half, settled: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that says what a side is; raises Unexpressed where there is none."""
+    family, form = half
+    found: dict[str, Any] = {}
+    config = Slot("graph").validate(side)
+    dump(family.template(form), settle(tree(config)), found, str(side["kind"]))
+    meant = load(family.template(form), Options(found | settled, family.title))
+    if "lm" in meant["heads"]:
+        meant["heads"]["lm"]["shift"] = None
+    off = difference(config, Slot("graph").validate(meant))
+    if off:
+        raise Unexpressed(off)
+    return {**found, **settled, "model_type": family.types[0], "architectures": [form.name]}
 
 
-def _sides(config: Config) -> tuple[tuple[Family, Form, Any], tuple[Family, Form, Any]]:
-    """Family, form and config of each side of a pair."""
+def _halves(config: Config) -> tuple[Any, Any]:
+    """The configs of both sides, each as a model of its own."""
     encoder, decoder = (Slot("graph").validate(side) for side in _apart(tree(config)))
-    for family, form in DECODERS.values():
-        try:
-            dump(family.template(form), tree(decoder), {})
-        except Unexpressed:
-            continue
-        return (*ENCODERS["vit"], encoder), (family, form, decoder)
-    raise AssertionError("a config was made that no family says")
+    return encoder, decoder
 
 
 def _placed(rules: Sequence[Rule], theirs: Callable[[str], str], ours: Callable[[str], str]) -> list[Rule]:
     return [replace(rule, theirs=tuple(map(theirs, rule.theirs)), ours=tuple(map(ours, rule.ours))) for rule in rules]
 
 
-def _trunk(config: Config) -> Sequence[Rule]:
+def _trunk(writes: Half, config: Config) -> Sequence[Rule]:
     """The rules of both sides, each below its name; a language model's head stands beside the towers."""
-    (seeing, _, encoder), (writing, form, decoder) = _sides(config)
+    encoder, decoder = _halves(config)
+    family, form = writes
     return (
-        *_placed(seeing.trunk(encoder), lambda name: f"encoder.{name}", lambda name: f"encoder.{name}"),
-        *_placed(writing.trunk(decoder), lambda name: f"decoder.{form.prefix}{name}", lambda name: f"decoder.{name}"),
+        *_placed(VIT.trunk(encoder), lambda name: f"encoder.{name}", lambda name: f"encoder.{name}"),
+        *_placed(family.trunk(decoder), lambda name: f"decoder.{form.prefix}{name}", lambda name: f"decoder.{name}"),
         *_placed(
-            [rule for rule in writing.heads if rule.ours[0].startswith("heads.lm.")],
+            [rule for rule in family.heads if rule.ours[0].startswith("heads.lm.")],
             lambda name: f"decoder.{name}",
             lambda name: name,
         ),
@@ -152,23 +172,41 @@ def _trunk(config: Config) -> Sequence[Rule]:
     )
 
 
-def _ties(config: Config, prefix: str) -> Mapping[str, str]:
-    _, (family, form, decoder) = _sides(config)
-    return {f"decoder.{name}": f"decoder.{main}" for name, main in family.ties(decoder, form.prefix).items()}
+def _ties(writes: Half, config: Config, prefix: str) -> Mapping[str, str]:
+    family, form = writes
+    found = family.ties(_halves(config)[1], form.prefix)
+    return {f"decoder.{name}": f"decoder.{main}" for name, main in found.items()}
 
 
-def _dead(config: Any) -> Shapes:
-    (_, _, encoder), (family, form, decoder) = _sides(config)
-    pooler = {
-        "encoder.pooler.dense.weight": (encoder.dim, encoder.dim),
-        "encoder.pooler.dense.bias": (encoder.dim,),
-    }
+def _dead(writes: Half, config: Config) -> Shapes:
+    encoder, decoder = _halves(config)
+    family, form = writes
+    pooler = {"encoder.pooler.dense.weight": (encoder.dim, encoder.dim), "encoder.pooler.dense.bias": (encoder.dim,)}
     return pooler | {f"decoder.{form.prefix}{name}": shape for name, shape in family.dead(decoder).items()}
 
 
 def _template(form: Form) -> Any:
-    shift = form.heads["lm"]["shift"]
-    return Custom(lambda options: _load(options, shift), _dump)
+    writes, shift = WRITES[form.more["decoder"]], form.heads["lm"]["shift"]
+    return Custom(lambda options: _load(options, writes, shift), lambda found, values: _dump(found, values, writes))
+
+
+def _form(writes: Half, shift: bool | None) -> Form:
+    family, _ = writes
+
+    def fits(values: Mapping[str, Any]) -> bool:
+        decoder = values.get("decoder")
+        return isinstance(decoder, Mapping) and decoder.get("model_type") in family.types
+
+    return Form(
+        "VisionEncoderDecoderModel",
+        "",
+        {"lm": {"shift": shift}},
+        {"decoder": family.name},
+        fits=fits,
+        trunk=partial(_trunk, writes),
+        ties=partial(_ties, writes),
+        dead=partial(_dead, writes),
+    )
 
 
 VISION = Family(
@@ -176,19 +214,15 @@ VISION = Family(
     types=("vision-encoder-decoder",),
     title="VisionEncoderDecoder",
     template=_template,
-    forms=(
-        Form("VisionEncoderDecoderModel", "", {"lm": {"shift": True}}),
-        Form("VisionEncoderDecoderModel", "", {"lm": {"shift": None}}),
-    ),
-    trunk=_trunk,
+    forms=tuple(_form(writes, shift) for writes in WRITES.values() for shift in (True, None)),
+    trunk=partial(_trunk, WRITES[GPT2.name]),
     heads=(),
-    ties=_ties,
-    dead=_dead,
     drops=tuple(
         Drop(f"decoder.{form.prefix}{drop.template}", drop.holds, drop.check)
-        for family, form in DECODERS.values()
+        for family, form in WRITES.values()
         for drop in family.drops
     ),
+    aliases=tuple({alias: None for family, _ in WRITES.values() for alias in family.aliases}),
     fixed={"is_encoder_decoder": (True,)},
     neutral=frozenset({"tie_word_embeddings", "vocab_size"}),
     rescaled=VIT.rescaled,
