@@ -189,7 +189,8 @@ def test_files_without_the_bias_and_older_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("encoder_layerdrop", 0.1), ("normalize_before", True), ("static_position_embeddings", True)]
+    ("option", "value"),
+    [("tie_encoder_decoder", True), ("normalize_before", True), ("static_position_embeddings", True)],
 )
 def test_options_that_we_do_not_express_are_refused_by_name(option: str, value: Any, tmp_path: Path) -> None:
     source = save(reference(GENERATION, {}), tmp_path / "source")

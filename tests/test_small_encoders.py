@@ -175,7 +175,6 @@ def test_files_come_back_byte_for_byte(name: str, options: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("FNetModel", {"use_tpu_fourier_optimizations": True}, "use_tpu_fourier_optimizations"),
         ("SqueezeBertModel", {"embedding_size": 12}, "embedding_size"),
         ("SqueezeBertModel", {"q_groups": 5}, "q_groups"),
     ],

@@ -27,6 +27,7 @@ from xtcli.errors import Problem, UserError, refuse
 HEADER_LIMIT = 10**8
 SHARD_BYTES = 5 * 10**9
 DTYPES = {
+    "C64": torch.complex64,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -360,7 +360,10 @@ class Span(Head):
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
         start, end = labels.get("start_positions"), labels.get("end_positions")
-        return None if start is None or end is None else torch.stack((start.reshape(-1), end.reshape(-1)), dim=-1)
+        if start is None or end is None:
+            return None
+        # The reference takes a place before the text for its first.
+        return torch.stack((start.reshape(-1), end.reshape(-1)), dim=-1).clamp(min=0)
 
 
 SPEAKING = ("lm", "adaptive")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Strict, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
@@ -177,6 +178,12 @@ class Stack(nn.Module):
             "what hidden_states hold of each block; unnormed: inputs, and what the last block puts out before the norm",
             "inputs",
         )
+        layer_drop: float = field(
+            "chance in training that a block is passed over by the whole batch (Fan et al. 2019, arXiv:1909.11556)",
+            0.0,
+            ge=0,
+            lt=1,
+        )
 
     def __init__(self, config: Layers, scope: Scope) -> None:
         super().__init__()
@@ -193,6 +200,7 @@ class Stack(nn.Module):
         self.norm = make_norm(scope, "norm", config.norm)
         self.dropout = nn.Dropout(config.dropout)
         self.trace = getattr(config, "trace", "inputs")
+        self.layer_drop = getattr(config, "layer_drop", 0.0)
 
     @property
     def run(self) -> Sequence[Block]:
@@ -203,6 +211,10 @@ class Stack(nn.Module):
         """The state of each block, one for each time that it runs."""
         return [block.new_state(batch, capacity, device, dtype) for block in self.run]
 
+    def passes_over(self) -> bool:
+        """Whether the next block is left out of this call."""
+        return self.training and self.layer_drop > 0.0 and float(torch.rand(())) < self.layer_drop
+
     def forward(self, x: Tensor, ctx: Ctx, trace: list[Tensor] | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); `trace` collects the input (or output) of each block and the final output."""
         run = self.run
@@ -212,7 +224,8 @@ class Stack(nn.Module):
             noted = trace if number % self.every == 0 else None
             if noted is not None and self.trace != "outputs":
                 noted.append(x)
-            x = block(x, ctx.within(state))
+            if not self.passes_over():
+                x = block(x, ctx.within(state))
             if noted is not None and self.trace == "outputs":
                 noted.append(x)
         last = x

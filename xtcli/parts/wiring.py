@@ -73,8 +73,9 @@ class Joining(nn.Module):
         for name in rates:
             if name not in names:
                 raise Impossible("dropout", f"the block has no sublayer '{name}'", did_you_mean(name, names))
-        self.dropout = nn.Dropout(config.dropout if isinstance(config.dropout, float) else scope.dropout)
-        self.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items()})
+        usual = config.dropout if isinstance(config.dropout, float) else scope.dropout
+        self.dropout = nn.Dropout(usual)
+        self.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items() if rate != usual})
         self.path = DropPath(config.drop_path)
 
     @staticmethod

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, given, is_zero, pad
+from xtcli.convert.families.common import (
+    LABELS,
+    PROBLEM,
+    TWO_OUTPUTS,
+    activation,
+    counts_up,
+    given,
+    is_zero,
+    pad,
+    undropped,
+)
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Code, Custom, Key, Options, Switch
 from xtcli.convert.rules import Rule, layer, one
@@ -60,7 +70,7 @@ def _template(form: Form) -> dict[str, Any]:
             "inner": Key("inner_group_num", int, 1),
             "norm": {"kind": "none"},
             "block": {
-                "wiring": {"kind": "post", "dropout": DROPOUT},
+                "wiring": {"kind": "post", "dropout": undropped("ffn")},
                 "sublayers": {
                     "attn": {
                         "kind": "attention",
@@ -217,11 +227,10 @@ ALBERT = Family(
     ),
     aliases=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     prefixes=("albert.", ""),
-    fixed={"is_encoder_decoder": (False,)},
     neutral=frozenset(
         """
-        add_cross_attention classifier_dropout_prob down_scale_factor gap_size is_decoder layers_to_keep
-        net_structure_type num_memory_blocks tie_word_embeddings
+        add_cross_attention classifier_dropout_prob down_scale_factor gap_size is_decoder is_encoder_decoder
+        layers_to_keep net_structure_type num_memory_blocks tie_word_embeddings
         """.split()
     ),
 )

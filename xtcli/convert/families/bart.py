@@ -38,6 +38,7 @@ def _stack(side: str, cross: bool) -> dict[str, Any]:
     attention = {"heads": heads, "dropout": ATTENTION_DROPOUT}
     return {
         "layers": Key(f"{side}_layers", int, 12),
+        "layer_drop": Key(f"{side}_layerdrop", float, 0.0),
         "norm": {"kind": "none"},
         "block": {
             "wiring": {"kind": "post", "dropout": DROPOUT},
@@ -170,8 +171,6 @@ BART = Family(
     prefixes=("model.", ""),
     objectives={"encoder-decoder": "denoising"},
     fixed={
-        "encoder_layerdrop": (0.0, 0),
-        "decoder_layerdrop": (0.0, 0),
         # Options of the first release that the reference reads no more; these are what it does.
         "add_bias_logits": (False,),
         "add_final_layer_norm": (False,),
@@ -184,7 +183,7 @@ BART = Family(
         """
         is_encoder_decoder is_decoder add_cross_attention num_hidden_layers tie_word_embeddings classifier_dropout
         classif_dropout decoder_start_token_id eos_token_id force_bos_token_to_be_generated save_step
-        encoder_layers encoder_ffn_dim encoder_attention_heads num_attention_heads
+        encoder_layers encoder_ffn_dim encoder_attention_heads encoder_layerdrop num_attention_heads
         """.split()
     ),
 )

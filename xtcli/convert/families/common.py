@@ -141,3 +141,8 @@ def counts_up(tensor: Tensor, config: Config) -> bool:
 def is_zero(tensor: Tensor, config: Config) -> bool:
     """Nothing but zeros."""
     return not bool(tensor.any())
+
+
+def undropped(name: str) -> Custom:
+    """The dropout of a wiring that leaves one sublayer out, and is the model's for the others."""
+    return Custom(lambda options: {name: 0.0}, lambda value, found: None)

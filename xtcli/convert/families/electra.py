@@ -125,8 +125,20 @@ def _summary(options: Options) -> dict[str, Any]:
         options.refuse("summary_activation", str(problem))
         act = "identity"
     if options.get("summary_use_proj", bool, True):
+        _refuse_few_labels(options)
         return {"kind": "dense", "act": act, "norm": {"kind": "none"}}
     return {"kind": "none"} if act == "identity" else {"kind": "activation", "act": act}
+
+
+def _refuse_few_labels(options: Options) -> None:
+    """A summary as wide as there are labels is read by a classifier of the states' width."""
+    count, dim = LABELS.load(options), DIM.load(options)
+    if options.get("summary_proj_to_labels", bool, None) and count not in (0, dim):
+        options.refuse(
+            "summary_proj_to_labels",
+            f"makes {count} values, and the classifier reads {dim}: the reference runs no such network",
+            "set it to false",
+        )
 
 
 def _dump_summary(value: Any, found: dict[str, Any]) -> None:
@@ -248,11 +260,10 @@ ELECTRA = Family(
     ),
     aliases=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     prefixes=("electra.", ""),
-    fixed={"is_encoder_decoder": (False,), "summary_proj_to_labels": (False, None)},
     neutral=frozenset(
         """
-        classifier_dropout summary_activation summary_first_dropout summary_last_dropout summary_type
-        summary_use_proj tie_word_embeddings
+        classifier_dropout is_encoder_decoder summary_activation summary_first_dropout
+        summary_last_dropout summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings
         """.split()
     ),
 )

@@ -5,18 +5,38 @@ The reference has no mask: padding is mixed into the text there as here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from xtcli.convert.families import bert
 from xtcli.convert.families.bert import DIM, DROPOUT, POOLER, TIED
-from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, is_zero, pad
+from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, is_zero, pad, undropped
 from xtcli.convert.family import Drop, Family, Form, Shapes
-from xtcli.convert.options import Key
+from xtcli.convert.options import Custom, Key, Options
 from xtcli.convert.rules import Rule, layer, one
 from xtcli.registry import Config
 
 ACT = Key("hidden_act", str, "gelu_new", code=activation("gelu_new"))
+CONTEXT = Key("max_position_embeddings", int, 512)
+
+
+LONGEST = 4096
+"""Places up to which the reference transforms by matrices where it is told to, and then texts of one length alone."""
+
+
+def _length(options: Options) -> int | None:
+    length = int(options.get("tpu_short_seq_length", int, 512))
+    by_matrices = options.get("use_tpu_fourier_optimizations", bool, False)
+    return length if by_matrices and CONTEXT.load(options) <= LONGEST else None
+
+
+def _write_length(value: Any, found: dict[str, Any]) -> None:
+    if value is not None:
+        found |= {"use_tpu_fourier_optimizations": True, "tpu_short_seq_length": value}
 
 
 def _template(form: Form) -> dict[str, Any]:
@@ -24,7 +44,7 @@ def _template(form: Form) -> dict[str, Any]:
         "kind": "encoder",
         "vocab": Key("vocab_size", int, 32000),
         "dim": DIM,
-        "context": Key("max_position_embeddings", int, 512),
+        "context": CONTEXT,
         "dropout": DROPOUT,
         "pad": pad(3),
         "norm": {"kind": "layer", "eps": Key("layer_norm_eps", float, 1e-12)},
@@ -43,10 +63,9 @@ def _template(form: Form) -> dict[str, Any]:
             "layers": Key("num_hidden_layers", int, 12),
             "norm": {"kind": "none"},
             "block": {
-                # In training dropout falls on the transform as well, which the reference adds whole.
-                "wiring": {"kind": "post", "dropout": DROPOUT},
+                "wiring": {"kind": "post", "dropout": undropped("mixer")},
                 "sublayers": {
-                    "mixer": {"kind": "fourier"},
+                    "mixer": {"kind": "fourier", "length": Custom(_length, _write_length)},
                     "ffn": {"kind": "mlp", "hidden": Key("intermediate_size", int, 3072), "act": ACT},
                 },
             },
@@ -102,6 +121,31 @@ def unread_pooler(config: Any) -> Shapes:
     return {"pooler.dense.weight": (config.dim, config.dim), "pooler.dense.bias": (config.dim,)}
 
 
+def _matrices(config: Any) -> dict[str, int]:
+    """The matrices of the transform, a pair for each layer: their rows."""
+    length = config.stack.block.sublayers["mixer"].length
+    sizes = {} if length is None else {"dft_mat_hidden": config.dim, "dft_mat_seq": length}
+    layers = range(config.stack.layers)
+    return {f"encoder.layer.{layer}.fourier.self.{name}": rows for layer in layers for name, rows in sizes.items()}
+
+
+def _known(config: Any) -> Mapping[str, Tensor]:
+    found = _matrices(config)
+    waves = {rows: _waves(rows) for rows in set(found.values())}
+    return {name: waves[rows] for name, rows in found.items()}
+
+
+def _waves(size: int) -> Tensor:
+    """e^(-2 pi i jk / n), (n, n)."""
+    steps = torch.arange(size, dtype=torch.float64)
+    turns = steps[:, None] * steps % size * (-2 * math.pi / size)
+    return torch.polar(torch.ones_like(turns), turns).to(torch.complex64)
+
+
+def _dead(config: Any) -> Shapes:
+    return {**unread_pooler(config), **{name: (rows, rows) for name, rows in _matrices(config).items()}}
+
+
 FNET = Family(
     name="fnet",
     types=("fnet",),
@@ -111,12 +155,12 @@ FNET = Family(
     trunk=_trunk,
     heads=bert.BERT.heads,
     ties=bert.ties,
-    dead=unread_pooler,
+    dead=_dead,
+    known=_known,
     drops=(
         Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),
         Drop("embeddings.token_type_ids", "zeros", is_zero),
     ),
     prefixes=("fnet.", ""),
-    fixed={"is_encoder_decoder": (False,), "use_tpu_fourier_optimizations": (False,)},
-    neutral=frozenset({"add_cross_attention", "is_decoder", "tpu_short_seq_length", "tie_word_embeddings"}),
+    neutral=frozenset({"add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_word_embeddings"}),
 )

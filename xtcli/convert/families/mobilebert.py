@@ -270,6 +270,8 @@ MOBILEBERT = Family(
     dead=_dead,
     drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
     prefixes=("mobilebert.", ""),
-    fixed={"is_encoder_decoder": (False,), "is_decoder": (False,)},
-    neutral=frozenset({"add_cross_attention", "tie_word_embeddings", "classifier_dropout", "true_hidden_size"}),
+    fixed={"is_decoder": (False,)},
+    neutral=frozenset(
+        "add_cross_attention classifier_dropout is_encoder_decoder tie_word_embeddings true_hidden_size".split()
+    ),
 )

@@ -125,6 +125,5 @@ SQUEEZEBERT = Family(
     dead=unread_pooler,
     drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
     prefixes=("transformer.", ""),
-    fixed={"is_encoder_decoder": (False,)},
-    neutral=frozenset({"add_cross_attention", "tie_word_embeddings"}),
+    neutral=frozenset({"add_cross_attention", "is_encoder_decoder", "tie_word_embeddings"}),
 )
