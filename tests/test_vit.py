@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,19 @@ import pytest
 import torch
 import transformers
 from checkpoints import opens_cleanly, same, save, tensors
+from pictures import square
+from PIL import Image
 from references import VOCAB, ids, mask, noise, randomise
 from test_parity import converted, difference
 from torch import Tensor
 
+import xtcli
+from xtcli.config.preset import load_preset
 from xtcli.convert import convert
+from xtcli.convert.images import FILE
 from xtcli.errors import UserError
+from xtcli.generate.pictures import read, reader_of
+from xtcli.runs.folder import MANIFEST, commit_folder
 
 VIT: dict[str, Any] = {
     "hidden_size": 24,
@@ -234,3 +243,76 @@ def test_sides_that_are_not_expressed_are_refused(side: str, options: Any, words
     config.write_text(json.dumps(values))
     with pytest.raises(UserError, match=words):
         convert(source, tmp_path / "ours", family="auto")
+
+
+PIXELS: list[dict[str, Any]] = [
+    {},
+    {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3},
+    {"do_normalize": False, "resample": 0},
+    {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 50.0, 40.0]},
+    {"rescale_factor": 0.01, "resample": 1},
+]
+
+
+def pictured(options: dict[str, Any], folder: Path) -> Path:
+    """A classifier of 12 x 20 pixels with its processor, and an image of another size."""
+    source = save(vit("ViTForImageClassification", {"image_size": [12, 20], "patch_size": 4}), folder / "source")
+    transformers.ViTImageProcessor(size={"height": 12, "width": 20}, **options).save_pretrained(source)
+    square("red", 3, (31, 17)).save(folder / "a.png")
+    return source
+
+
+def altered(folder: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    """A whole copy of a checkpoint with other files beside its weights; None leaves one out."""
+
+    def write(inside: Path) -> None:
+        shutil.copytree(folder, inside, dirs_exist_ok=True)
+        for file in (inside / FILE, inside / "preset.yaml"):
+            found = change(file.name, file.read_bytes())
+            file.unlink() if found is None else file.write_bytes(found)
+        (inside / MANIFEST).unlink()
+
+    commit_folder(folder.with_name("altered"), write)
+    return folder.with_name("altered")
+
+
+@pytest.mark.parametrize("options", PIXELS, ids=str)
+def test_files_become_the_pixels_of_the_reference_s_processor(options: dict[str, Any], tmp_path: Path) -> None:
+    source = pictured(options, tmp_path)
+    convert(source, tmp_path / "ours")
+    preset = load_preset(tmp_path / "ours").preset
+    pixels = read(reader_of(xtcli.load(tmp_path / "ours"), preset), [str(tmp_path / "a.png")])  # type: ignore[arg-type]
+    theirs = transformers.ViTImageProcessor.from_pretrained(source)
+    image = Image.open(tmp_path / "a.png")
+    torch.testing.assert_close(pixels, theirs(image, return_tensors="pt").pixel_values, atol=1e-5, rtol=1e-6)
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
+    assert (tmp_path / "back" / FILE).read_bytes() == (source / FILE).read_bytes()
+    # Without the file of the source, one that means the same is written.
+    convert(altered(tmp_path / "ours", lambda name, text: None if name == FILE else text), tmp_path / "anew", to="hf")
+    anew = transformers.AutoImageProcessor.from_pretrained(tmp_path / "anew", use_fast=False)
+    torch.testing.assert_close(pixels, anew(image, return_tensors="pt").pixel_values, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": {"height": 12, "width": 12}}, "size: is 12 x 12 pixels, and the model reads 12 x 20"),
+        ({"size": {"shortest_edge": 12}}, "size: is .*, not a height and a width"),
+        ({"image_processor_type": "DeiTImageProcessor"}, "image_processor_type: is 'DeiTImageProcessor'"),
+        ({"do_center_crop": True}, "do_center_crop: is True"),
+        ({"resample": 9}, "resample: is 9"),
+        ({"image_std": [0.0, 0.5]}, "image_std"),
+    ],
+)
+def test_a_processor_that_is_not_expressed_is_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    source = pictured({}, tmp_path)
+    (source / FILE).write_text(json.dumps(json.loads((source / FILE).read_text()) | options))
+    with pytest.raises(UserError, match=rf"{FILE}.*{words}"):
+        convert(source, tmp_path / "ours")
+
+
+def test_images_that_are_cropped_have_no_processor(tmp_path: Path) -> None:
+    convert(pictured({}, tmp_path), tmp_path / "ours")
+    cropped = altered(tmp_path / "ours", lambda name, text: text.replace(b"stretch", b"crop"))
+    report = convert(cropped, tmp_path / "back", to="hf")
+    assert "fitted by 'crop'" in report.missing and not (tmp_path / "back" / FILE).exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from xtcli.convert.engine import forward, same_bits, to_theirs
 from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import Family, Form
 from xtcli.convert.files import Source, Writer, open_source
+from xtcli.convert.images import write_images
 from xtcli.convert.imports import KEPT, REFERENCE, Commit, whole
 from xtcli.convert.members import joined, split
 from xtcli.convert.members import settle as settle_members
@@ -52,6 +53,7 @@ class Export:
     plan: Plan
     like: Mapping[str, Tensor]
     cast: Cast
+    images: Any = None
 
     def get(self, name: str) -> Tensor:
         """A tensor of ours."""
@@ -77,6 +79,7 @@ def export_checkpoint(path: Path, family: str, cast: Cast, commit: Commit, targe
     kept = open_source(folder / REFERENCE, KEPT) if (folder / REFERENCE).is_dir() else None
     before = read_json(folder / REFERENCE / CONFIG) if (folder / REFERENCE / CONFIG).exists() else {}
     job = prepare(config, source, folder, family, cast, kept, before, getattr(preset.objective, "labels", None))
+    job = replace(job, images=getattr(preset.objective, "images", None))
     report = describe(job, target)
     commit(report, lambda inside: write(job, inside, report), lambda inside: {"": sides(job, inside)})
     return report
@@ -161,7 +164,7 @@ def find_form(
     stated = (before.get("architectures") or [None])[0]
     reasons: list[Problem] = []
     for candidate in families:
-        for form in sorted(candidate.forms, key=lambda form: form.name != stated):
+        for form in sorted(candidate.forms, key=lambda form: (form.name != stated, not form.fits(before))):
             if set(form.heads) != set(config.heads):
                 continue
             try:
@@ -277,20 +280,24 @@ def write(job: Export, inside: Path, report: Report) -> None:
     usual = next(iter(sizes.values()))[0]
     kept = job.kept.entries if job.kept else {}
     sizes |= {name: (job.cast.type(entry.dtype), entry.shape) for name, entry in kept.items()}
-    sizes |= {name: (usual, job.plan.dead[name]) for name in report.invented}
+    # Waves and counts keep the type that they are made in.
+    invented = {name: job.plan.invented(name) for name in report.invented}
+    invented = {name: value.to(usual) if value.is_floating_point() else value for name, value in invented.items()}
+    sizes |= {name: (value.dtype, job.plan.dead[name]) for name, value in invented.items()}
     with Writer(inside, sizes) as writer:
         for move in job.plan.moves:
             for name, tensor in to_theirs(move, job.get).items():
                 writer.put(name, job.cast(name, tensor))
         for name, entry in kept.items():
             writer.put(name, job.cast(name, entry.read()))
-        for name in report.invented:
-            writer.put(name, job.plan.invented(name).to(usual))
+        for name, value in invented.items():
+            writer.put(name, value)
     if job.values == job.before:
         shutil.copyfile(job.folder / REFERENCE / CONFIG, inside / CONFIG)
     else:
         (inside / CONFIG).write_text(json.dumps(job.values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     report.companions = copy_companions(job.folder, inside)
+    report.missing = write_images(job.images, job.plan.config, inside)
     report.rounding = job.cast.rounding
     report.bit_exact = not job.cast.changed and unchanged(job, inside)
 

@@ -25,12 +25,14 @@ from xtcli.convert.checks import check, counted, label
 from xtcli.convert.companions import Vocabulary, copy_companions, vocabulary
 from xtcli.convert.engine import backward, same_bits, to_ours
 from xtcli.convert.files import Source, Writer, open_source
+from xtcli.convert.images import read_images
 from xtcli.convert.pickles import unpickled
 from xtcli.convert.plan import Claims, Plan
 from xtcli.convert.preset import preset_yaml
 from xtcli.convert.reading import CONFIG, find_family, read, read_json, skeleton
 from xtcli.convert.report import Report
 from xtcli.convert.verify import Sides
+from xtcli.data.images import ImageConfig
 from xtcli.errors import refuse
 
 Commit = Callable[[Report, Callable[[Path], None], Callable[[Path], Mapping[str, Sides]]], None]
@@ -52,6 +54,7 @@ class Import:
     like: Mapping[str, Tensor]
     cast: Cast
     vocabulary: Vocabulary
+    images: ImageConfig | None
 
     def get(self, name: str) -> Tensor:
         """A tensor of theirs by the plan's name."""
@@ -85,7 +88,8 @@ def import_checkpoint(
         plan = replace(plan, config=with_settings(plan.config, folder))
         like = skeleton(plan.config, str(folder))
         config: Any = plan.config
-        job = Import(folder, source, values, plan, claims, like, cast, vocabulary(folder, config.vocab > 1))
+        beside = vocabulary(folder, config.vocab > 1), read_images(folder, config)
+        job = Import(folder, source, values, plan, claims, like, cast, *beside)
         report = describe(job, target)
         commit(report, lambda inside: write(job, inside, report), lambda inside: {"": sides(job, inside)})
     return report
@@ -173,7 +177,8 @@ def write(job: Import, inside: Path, report: Report) -> None:
             for name in kept:
                 writer.put(name, job.cast(name, job.get(name)))
     report.companions = copy_companions(job.folder, inside) + job.vocabulary.write(inside)
-    (inside / "preset.yaml").write_text(preset_yaml(job.plan, job.values, job.folder.name), encoding="utf-8")
+    preset = preset_yaml(job.plan, job.values, job.folder.name, job.images)
+    (inside / "preset.yaml").write_text(preset, encoding="utf-8")
     report.rounding = job.cast.rounding
     report.bit_exact = not job.cast.changed and unchanged(job, inside)
 

@@ -10,6 +10,7 @@ from xtcli.config.emit import dump
 from xtcli.config.preset import Preset
 from xtcli.convert.companions import TOKENIZER
 from xtcli.convert.plan import Plan
+from xtcli.data.images import ImageConfig
 from xtcli.parts.heads import SPEAKING
 from xtcli.registry import tree
 
@@ -53,14 +54,16 @@ def label_names(values: Mapping[str, Any]) -> list[str] | None:
     return names if len(set(names)) == len(names) else None
 
 
-def preset_yaml(plan: Plan, values: Mapping[str, Any], origin: str) -> str:
-    """preset.yaml of the model that a plan and a config.json make; `origin` names where it comes from."""
+def preset_yaml(plan: Plan, values: Mapping[str, Any], origin: str, images: ImageConfig | None = None) -> str:
+    """preset.yaml of the model that a plan and a config.json make; `origin` names where it comes from, `images` is how
+    it prepares them, where that is said."""
     preset = Preset.model_validate(
         {
             "version": VERSION,
             "about": {"title": f"{plan.form.name} converted from {origin}"},
             "model": plan.config,
-            "objective": objective(plan.config, label_names(values), plan.family.objectives),
+            "objective": objective(plan.config, label_names(values), plan.family.objectives)
+            | ({} if images is None else {"images": images}),
             "tokenizer": {"kind": "file", "path": TOKENIZER},
         }
     )

@@ -35,6 +35,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Numbers of a pixel, and what images of as many are called."""
 
 Array = np.ndarray[Any, Any]
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+"""Filters of resizing, by Pillow's numbers."""
 PerChannel = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
 
 
@@ -43,6 +45,9 @@ class ImageConfig(Config):
 
     fit: Literal["stretch", "crop"] = field(
         "an image of another shape is stretched, or scaled until it covers the model's and its middle taken", "stretch"
+    )
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = field(
+        "filter of the resizing", "bilinear"
     )
     mean: PerChannel = field("taken from each channel; one number for all, or one for each", (0.5,))
     std: PerChannel = field("what each channel is divided by", (0.5,))
@@ -79,7 +84,7 @@ class Reader:
             what = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise refuse(f"is no image that can be read ({what})", "repair or remove it", place=str(file)) from None
         height, width = self.size
-        resample = image.Resampling.BILINEAR
+        resample = image.Resampling(RESAMPLING[self.config.resample])
         if self.config.fit == "crop":
             sized = ops.fit(upright, (width, height), resample)
         else:
