@@ -93,6 +93,17 @@ def _choice(draw: random.Random) -> dict[str, Any]:
     return {"text": "which one ?", "choices": texts, "label": right}
 
 
+def _several(draw: random.Random) -> dict[str, Any]:
+    good, long = draw.random() < 0.5, draw.random() < 0.5
+    text = f"it was {draw.choice(GOOD if good else BAD)} {('brief', 'long')[long]}"
+    return {"text": text, "label": [name for name, holds in (("good", good), ("long", long)) if holds]}
+
+
+def _numbers(draw: random.Random) -> dict[str, Any]:
+    stars, words = draw.randrange(5), "no one two three four".split()
+    return {"text": f"the {draw.choice(THINGS)} has {words[stars]} stars", "label": stars - 1.5}
+
+
 def _extract(draw: random.Random) -> dict[str, Any]:
     name, town = draw.choice(NAMES), draw.choice(TOWNS)
     context = "it rains . " * draw.randrange(8) + f"{name} lives in {town} ." + " it rains ." * draw.randrange(8)
@@ -101,6 +112,7 @@ def _extract(draw: random.Random) -> dict[str, Any]:
 
 
 MAKERS = {"sequence": _sequence, "pair": _pair, "token": _token, "choice": _choice, "extract": _extract}
+MAKERS |= {"several": _several, "numbers": _numbers}
 
 
 def write(folder: Path, records: Sequence[dict[str, Any]], name: str = "rows.jsonl") -> Path:

@@ -28,12 +28,15 @@ TASKS: dict[str, tuple[str, list[str], str]] = {
     "pair": ("small", ["objective.text=one", "objective.pair=two"], "val_accuracy"),
     "token": ("small", ["model.heads={token: {}}"], "val_f1"),
     "choice": ("small", ["model.heads={choice: {}}"], "val_accuracy"),
+    "several": ("small", ["model.heads={sequence: {pick: mean}}", "objective.problem=many"], "val_micro_f1"),
+    "numbers": ("small", ["model.heads={sequence: {pick: mean, problem: number}}"], "val_pearson"),
     "extract": ("small", ["model.heads={span: {}}", "objective={kind: extract, stride: 12}"], "val_exact_match"),
     "decoder": ("decoder", [], "val_accuracy"),
     "decoder token": ("decoder", ["model.heads={token: {}}"], "val_f1"),
     "encoder-decoder": ("pair", [], "val_accuracy"),
     "encoder-decoder extract": ("pair", ["model.heads={span: {}}", "objective={kind: extract}"], "val_exact_match"),
 }
+QUICK = ("sequence", "token", "several", "numbers", "decoder", "encoder-decoder")
 DATA = {"decoder": "sequence", "decoder token": "token", "encoder-decoder": "sequence"}
 DATA |= {"encoder-decoder extract": "extract"}
 
@@ -54,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list
             folder = tmp_path_factory.mktemp(task.replace(" ", "-"))
             data = write(folder, rows(DATA.get(task, task)))
             preset, overrides, _ = TASKS[task]
-            steps = 60 if task in ("sequence", "token", "decoder", "encoder-decoder") else 150
+            steps = 60 if task in QUICK else 150
             options = [f"data.source={data}", f"train.steps={steps}", *overrides]
             self[task] = folder / "run", train(folder / f"{preset}.yaml", *options, out=folder / "run")
             return self[task]
@@ -101,6 +104,19 @@ def test_labels_with_probabilities(task: str, runs: Any) -> None:
     assert said(runs[task][0], "the hotel was really weak")[0].labels[0].probability == pytest.approx(
         found[1].labels[0].probability, abs=1e-5
     )
+
+
+def test_several_labels_and_numbers(runs: Any) -> None:
+    preset: Any = load_preset(find_checkpoint(runs["several"][0])).preset
+    assert (preset.objective.labels, preset.model.heads["sequence"].problem) == (("good", "long"), "many")
+    (found,) = said(runs["several"][0], "it was superb brief")
+    assert {one.label: one.probability > 0.5 for one in found.labels} == {"good": True, "long": False}
+    preset = load_preset(find_checkpoint(runs["numbers"][0])).preset
+    assert (preset.model.heads["sequence"].labels, preset.model.heads["sequence"].problem) == (1, "number")
+    (found,) = said(runs["numbers"][0], "the book has three stars")
+    assert found.labels[0].probability is None and found.labels[0].value == pytest.approx(1.5, abs=0.5)
+    lines = [line for line in runs["numbers"][1] if "val_loss" in line]
+    assert lines[-1]["val_mse"] == pytest.approx(lines[-1]["val_loss"]) and lines[-1]["unit"] == "squared error"
 
 
 def test_pair(runs: Any) -> None:

@@ -407,11 +407,33 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         "override 'objective=classify': objective: one of the heads sequence, token, choice is to be trained; "
         "the model has: sequence, token; say which with objective.of",
     ),
-    "a head for many labels": (
+    "another problem than the head's": (
         texts("a", "b"),
-        ["model.heads={sequence: {problem: many}}"],
-        "override 'model.heads={{sequence: {{problem: many}}}}': model.heads.sequence.problem: is 'many', and a row of "
-        "this objective has one label; set model.heads.sequence.problem=one",
+        ["model.heads={sequence: {problem: many}}", "objective.problem=number"],
+        "override 'model.heads={{sequence: {{problem: many}}}}': model.heads.sequence.problem: is 'many', and "
+        "objective.problem is 'number'; set model.heads.sequence.problem=number",
+    ),
+    "several labels of words": (
+        [{"tokens": ["a", "b"], "tags": ["X", "Y"]}],
+        ["model.heads={token: {}}", "objective.problem=many"],
+        "override 'objective.problem=many': objective.problem: is 'many', and of=token has one label; leave it out",
+    ),
+    "numbers that are none": (
+        texts("1.5", "high"),
+        ["objective.problem=number", "data.validation=0"],
+        "{}:2: column 'label' holds 'high', and what is learnt is a finite number other than -100; "
+        "name the column of numbers with objective.label",
+    ),
+    "more numbers than before": (
+        [{"text": "a", "label": [1, 2]}, {"text": "b", "label": [3]}],
+        ["objective.problem=number", "data.validation=0"],
+        "{}:2: column 'label' holds 1 number, and the model gives 2; give each row as many",
+    ),
+    "a list that is none": (
+        texts("[1, 2", "[3]"),
+        ["objective.problem=many", "data.validation=0"],
+        "{}:1: column 'label' begins like a JSON list and is none (Expecting ',' delimiter: line 1 column 6 (char 5)); "
+        "repair it",
     ),
     "the wrong head": (
         texts("a", "b"),

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from xtcli.data.batch import IGNORE, Batch
-from xtcli.train.scores import AnswerScores, LabelScores, SpanScores, best_spans, normal, word_f1
+from xtcli.train.scores import (
+    AnswerScores,
+    LabelScores,
+    NumberScores,
+    SetScores,
+    SpanScores,
+    best_spans,
+    normal,
+    word_f1,
+)
 from xtcli.train.view import validation_text
 
 
@@ -38,6 +47,29 @@ def test_only_supervised_tokens_count() -> None:
     scores.add(batch("token", [[0, IGNORE, 0], [1, IGNORE, IGNORE]]), {"token": {"logits": logits}})
     assert (scores.right, scores.total) == (2, 3)
     assert LabelScores("token", ["a"]).result() == {}
+
+
+def test_micro_f1_counts_all_labels_of_all_texts() -> None:
+    scores = SetScores("sequence")
+    assert scores.result() == {}
+    expected = torch.tensor([[[1.0, 0, 1]], [[0, 0, 0]]])
+    scores.add(batch("sequence", expected), {"sequence": {"logits": torch.tensor([[2.0, 1, -1], [-1, -1, 3]])}})
+    assert scores.result() == {"micro_f1": 2 * 1 / (2 + 3)}
+
+
+def test_mean_squared_error_and_correlation() -> None:
+    scores = NumberScores("sequence")
+    expected, logits = torch.randn(7, 1, 2), torch.randn(7, 2)
+    for rows in (slice(0, 3), slice(3, 7)):
+        scores.add(batch("sequence", expected[rows]), {"sequence": {"logits": logits[rows]}})
+    pairs = list(zip(expected[:, 0].T.numpy(), logits.T.numpy(), strict=True))
+    assert scores.result() == {
+        "mse": pytest.approx(float(np.mean([(a - b) ** 2 for a, b in pairs]))),
+        "pearson": pytest.approx(float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs]))),
+    }
+    scores = NumberScores("sequence")
+    scores.add(batch("sequence", torch.ones(3, 1, 1)), {"sequence": {"logits": logits[:3, :1]}})
+    assert list(scores.result()) == ["mse"]
 
 
 def test_choices_have_no_f1() -> None:
@@ -138,5 +170,8 @@ def test_answer_is_that_of_the_best_window(unanswerable: bool, empty: float) -> 
 def test_view_says_scores_in_place_of_a_perplexity() -> None:
     line = {"step": 5, "val_loss": 0.5, "val_accuracy": 0.9125, "val_f1": 0.5, "best": 0.5}
     assert validation_text(line) == "validation loss 0.5000 nats (accuracy 91.2 %, F1 50.0 %), the best so far"
+    line = {"step": 5, "val_loss": 0.25, "val_mse": 0.25, "val_pearson": 0.5, "unit": "squared error"}
+    said = "validation loss 0.2500 squared error (mean squared error 0.25, Pearson's correlation 0.500)"
+    assert validation_text(line) == said
     line = {"step": 5, "val_loss": 0.5, "val_exact_match": 1.0, "val_f1": 1.0}
     assert validation_text(line) == "validation loss 0.5000 nats (exact match 100.0 %, F1 100.0 %)"

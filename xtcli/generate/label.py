@@ -51,10 +51,11 @@ class Label:
 
 @dataclass(frozen=True)
 class Labels:
-    """All labels of a text, the likeliest first."""
+    """All labels of a text, the likeliest first; `many`: any number of them holds, each by its own probability."""
 
     texts: tuple[str, ...]
     labels: list[Label]
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def ordered(texts: tuple[str, ...], names: Sequence[str], logits: Tensor, proble
         return Labels(texts, [Label(name, None, value) for name, value in zip(names, logits.tolist(), strict=True)])
     chances = logits.float().sigmoid() if problem == "many" else logits.float().softmax(-1)
     found = [Label(name, chance) for name, chance in zip(names, chances.tolist(), strict=True)]
-    return Labels(texts, sorted(found, key=lambda one: -(one.probability or 0.0)))
+    return Labels(texts, sorted(found, key=lambda one: -(one.probability or 0.0)), problem == "many")
 
 
 def _words(made: Classify, number: int, logits: Tensor) -> Words:

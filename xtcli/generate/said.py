@@ -42,8 +42,17 @@ def brief(result: Labels | Words | Found) -> str:
     if isinstance(result, Found):
         return f"{result.question} => {result.answer!r}"
     text = " | ".join(result.texts)
-    best = result.labels[0]
-    return f"{text if len(text) <= LONG else text[: LONG - 4] + ' ...'} => {best.label} {_share(best)}"
+    return f"{text if len(text) <= LONG else text[: LONG - 4] + ' ...'} => {_best(result)}"
+
+
+def _best(result: Labels) -> str:
+    """The likeliest label, of any number of labels those that hold; numbers as they are."""
+    if result.labels[0].probability is None:
+        return ", ".join(map(_share, result.labels))
+    if not result.many:
+        return f"{result.labels[0].label} {_share(result.labels[0])}"
+    holds = [one for one in result.labels if (one.probability or 0.0) > 0.5]
+    return ", ".join(f"{one.label} {_share(one)}" for one in holds) or "none"
 
 
 def _whole(result: Labels | Words | Found, top: int) -> list[str]:

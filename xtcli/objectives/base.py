@@ -208,6 +208,8 @@ class Objective(ABC):
 
 
 def _stack(rows: Sequence[Array], width: int, fill: int) -> Array:
+    if rows[0].dtype.kind == "f":
+        return np.stack(rows)  # values that are no ids: every row has as many
     if rows[0].ndim == 0:
         return np.array([int(row) for row in rows], dtype=np.int64)
     out = np.full((len(rows), width), fill, dtype=np.int64)

@@ -2,6 +2,8 @@
 
     of         a row holds                                  the model says
     sequence   a text (and a second one), a label           one of the labels                  head `sequence`
+               the same, a list of labels                   each label that holds, or not      with problem `many`
+               the same, a number or a list of them         numbers                            with problem `number`
     token      a list of words, a list of as many labels    a label at the first token of      head `token`
                                                             each word
     choice     a text, a list of texts that may follow,     one score for each of them         head `choice`
@@ -23,10 +25,11 @@ from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch, round_up
 from xtcli.data.order import Ints
 from xtcli.data.readers import Row
-from xtcli.errors import Problem, UserError, refuse
+from xtcli.errors import Problem as Mistake
+from xtcli.errors import UserError, refuse
 from xtcli.objectives.base import Sample
-from xtcli.objectives.labelled import Labelled, in_pieces, nothing_left, settled_head
-from xtcli.objectives.labels import Item, Task, fields_of, item_of, names_in
+from xtcli.objectives.labelled import Labelled, in_pieces, is_stated, nothing_left, settled_head
+from xtcli.objectives.labels import Item, Problem, Task, fields_of, item_of, names_in, numbers_of
 from xtcli.objectives.words import clauses, count, truncated
 from xtcli.registry import field, part
 
@@ -41,7 +44,11 @@ SHOWN = 8
 
 @part("objective", "classify")
 class Classify(Labelled):
-    """Labels; `targets.<of>` is () or, for tokens, (T,). For choices `input_ids` is (choices, T)."""
+    """Labels; `targets.<of>` is () or, for tokens, (T,). For choices `input_ids` is (choices, T).
+
+    Where a text has several labels or numbers, `targets.sequence` is (1, outputs), floats: the axis that other targets
+    have for places is there, so that a batch that loses columns of padding does not lose labels.
+    """
 
     class Config(registry.Config):
         """Classification."""
@@ -55,6 +62,9 @@ class Classify(Labelled):
         label: str | None = field("column of the label; null: 'label', for of=token 'tags'", None)
         labels: Annotated[tuple[str, ...], Strict(False)] | None = field(
             "names of the labels in the order of the outputs; null: collected from the data", None
+        )
+        problem: Problem | None = field(
+            "of=sequence: one label of several, any number of labels, or numbers; null: told by the model's head", None
         )
         multiple: int = field("rows are padded to the longest of a batch, rounded up to this many", 8, gt=0)
 
@@ -91,20 +101,47 @@ class Classify(Labelled):
             heads = ", ".join(model.heads) or "none"
             cause = f"one of the heads {', '.join(TASKS)} is to be trained; the model has: {heads}"
             remedy = "say which with objective.of" if have else "set model.heads='{sequence: {}}' for instance"
-            raise UserError(Problem(cause, resolved.place("objective"), "objective", remedy))
-        problem = getattr(resolved.preset.model.heads.get(have[0]), "problem", None)  # type: ignore[attr-defined]
-        if problem not in (None, "one"):
-            path = f"model.heads.{have[0]}.problem"
-            cause = f"is '{problem}', and a row of this objective has one label"
-            raise UserError(Problem(cause, resolved.place(path), path, f"set {path}=one"))
-        return config.model_copy(update={"of": have[0]})
+            raise UserError(Mistake(cause, resolved.place("objective"), "objective", remedy))
+        config = config.model_copy(update={"of": have[0]})
+        return config.model_copy(update={"problem": cls._problem(resolved, config)})
+
+    @classmethod
+    def _problem(cls, resolved: Resolved, config: Any) -> Problem | None:
+        """What the head and the objective say together of the problem; null where it is for the data to tell."""
+        model: Any = resolved.preset.model
+        head = model.heads.get(config.of)
+        if config.of != "sequence" or head is None:
+            if config.problem not in (None, "one"):
+                cause = f"is '{config.problem}', and of={config.of} has one label"
+                raise refuse(cause, "leave it out", place=resolved.place("objective.problem"), path="objective.problem")
+            return "one"
+        path = f"model.heads.{config.of}.problem"
+        said: Problem | None = head.problem
+        if config.problem is None:
+            return "number" if said is None and head.labels == 1 else said
+        if said not in (None, config.problem) and is_stated(resolved, path):
+            cause = f"is '{said}', and objective.problem is '{config.problem}'"
+            raise refuse(cause, f"set {path}={config.problem}", place=resolved.place(path), path=path)
+        return config.problem  # type: ignore[no-any-return]
 
     @classmethod
     def settle(cls, resolved: Resolved, config: Any, records: Records) -> tuple[Preset, Any]:
         if config.of == "choice":
             return resolved.preset, config
-        names = config.labels or names_in(records.rows, config.of, cls.columns(config)[-1])
-        return settled_head(resolved, config.of, names), config.model_copy(update={"labels": names})
+        column = cls.columns(config)[-1]
+        if config.problem is None:
+            # The head leaves it open: lists are several labels.
+            lists = any(isinstance(values[-1], list) for _, values in records.rows)
+            config = config.model_copy(update={"problem": "many" if lists else "one"})
+        if config.problem == "number":
+            found = (numbers_of(row, column) for row in records.rows)
+            width = len(next((numbers for numbers in found if numbers), (0.0,)))
+            names = config.labels or tuple(map(str, range(width)))
+        else:
+            names = config.labels or names_in(records.rows, config.of, column, config.problem == "many")
+        more = {"problem": config.problem} if config.of == "sequence" else {}
+        preset = settled_head(resolved, config.of, names, **more)
+        return preset, config.model_copy(update={"labels": names})
 
     def _check_choices(self) -> None:
         """The choices of a batch are one tensor, so every row has as many."""
@@ -144,7 +181,13 @@ class Classify(Labelled):
             sample[f"targets.{self.of}"] = self._target(index, sample["input_ids"].size)
         return sample
 
-    def _target(self, index: int, width: int) -> Ints:
+    def _target(self, index: int, width: int) -> np.ndarray[Any, Any]:
+        if self.config.problem == "number":
+            return np.array([self.items[index].target], dtype=np.float32)
+        if self.config.problem == "many":
+            held = np.zeros((1, len(self.config.labels)), dtype=np.float32)
+            held[0, list(self.items[index].target)] = 1.0
+            return held
         target = np.array(self.items[index].target, dtype=np.int64)
         if self.of == "sequence":
             return target
@@ -184,30 +227,47 @@ class Classify(Labelled):
         target, names = self.items[index].target, self.config.labels
         if self.of == "token":
             return " ".join("?" if one == IGNORE else names[one] for one in target)
+        if self.config.problem == "number":
+            return ", ".join(f"{one:g}" for one in target)
+        if self.config.problem == "many":
+            return ", ".join(names[one] for one in target) or "none"
         return str(self.items[index].texts[1 + target] if self.of == "choice" else names[target])
 
     def scorer(self) -> Any:
-        from xtcli.train.scores import LabelScores
+        from xtcli.train.scores import LabelScores, NumberScores, SetScores
 
+        if self.config.problem in ("many", "number"):
+            return (SetScores if self.config.problem == "many" else NumberScores)(self.of)
         return LabelScores(self.of, self.config.labels if self.of != "choice" else None)
 
     def describe(self) -> str:
         texts = len(self.rows[0][0])
         noun = "question" if self.of == "choice" else "text" if texts == 1 else "pair"
         told = f"{count(len(self.config.labels or ()), 'label')} ({self._shares()})"
+        kind = "classification"
+        if self.config.problem == "number":
+            kind, told = "regression", self._spread()
+        elif self.config.problem == "many":
+            kind, told = "classification", f"any number of {told}"
         return clauses(
-            f"{self.of} classification: {count(len(self.items), noun)}",
+            f"{self.of} {kind}: {count(len(self.items), noun)}",
             f"one of {len(self.rows[0])} texts is right" if self.of == "choice" else told,
             "rows padded to the longest of a batch",
             truncated(self.sizes, self.frame.room(texts), "row"),
             f"{count(self.left_out, 'row')} without text or label left out" if self.left_out else "",
         )
 
+    def _spread(self) -> str:
+        """What the numbers are like."""
+        numbers = np.array([item.target for item in self.items], dtype=np.float64)
+        each = "a number" if numbers.shape[1] == 1 else f"{numbers.shape[1]} numbers"
+        return f"{each} for each (mean {numbers.mean():.4g}, standard deviation {numbers.std():.4g})"
+
     def _shares(self) -> str:
         """The labels with the numbers of their targets."""
         names = self.config.labels or ()
         found: Counter[int] = Counter()
         for item in self.items:
-            found.update(item.target if self.of == "token" else [item.target])
+            found.update(item.target if isinstance(item.target, list | tuple) else [item.target])
         shares = [f"{name} {found[number]:,}" for number, name in enumerate(names[:SHOWN])]
         return ", ".join(shares) + (", ..." if len(names) > SHOWN else "")

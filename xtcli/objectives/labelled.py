@@ -142,22 +142,31 @@ def nothing_left(rows: Sequence[Row], columns: Sequence[str], why: str, validati
     return refuse(f"none of {count(len(rows), 'row')} {why}; the first is {first}", "check its columns", path=side)
 
 
-def settled_head(resolved: Resolved, head: str, labels: Sequence[str]) -> Any:
-    """The preset with as many outputs of a head as there are labels; a head that states another number is refused."""
+def is_stated(resolved: Resolved, path: str) -> bool:
+    """Whether the user or the preset says this value, and not only a default."""
+    origin = resolved.origins.get(path)
+    return origin is not None and origin.source not in ("default", "tiny")
+
+
+def settled_head(resolved: Resolved, head: str, labels: Sequence[str], **more: Any) -> Any:
+    """The preset with as many outputs of a head as there are labels, and `more` of its fields settled.
+
+    A head that states another number is refused.
+    """
     preset = resolved.preset
     model: Any = preset.model
     if head not in model.heads:
         return preset  # what the objective needs is told by the caller, who knows all its heads
     path = f"model.heads.{head}.labels"
     stated = model.heads[head].labels
-    if stated == len(labels):
+    settled = {"labels": len(labels), **more}
+    if all(getattr(model.heads[head], name) == value for name, value in settled.items()):
         return preset
-    origin = resolved.origins.get(path)
-    if origin is not None and origin.source not in ("default", "tiny"):
+    if stated != len(labels) and is_stated(resolved, path):
         names = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
         cause = f"is {stated}, and there are {len(labels)} labels ({names})"
         remedy = f"set {path}={len(labels)}, or check objective.label"
         raise UserError(Problem(cause, resolved.place(path), path, remedy))
-    config = model.heads[head].model_copy(update={"labels": len(labels)})
+    config = model.heads[head].model_copy(update=settled)
     changed = model.model_copy(update={"heads": {**model.heads, head: config}})
     return preset.model_copy(update={"model": changed, "expect": type(preset.expect)()})

@@ -5,10 +5,15 @@ text                   itself
 whole number, 3.0      its digits
 true, false            "true", "false"
 null, ""               none: the row is left out
+
+A text has one label; or, by `problem`, any number of them (a list, empty where none holds; JSON where a table holds
+text) or numbers (one, or a list).
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +25,15 @@ from xtcli.errors import did_you_mean, refuse
 from xtcli.objectives.words import count
 
 Task = Literal["sequence", "token", "choice"]
+Problem = Literal["one", "many", "number"]
 FEW = 20
 """Labels from which on those that hardly repeat are taken for a mistake."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A row that can be used: its texts and its target (a label, one for each word, or a place among the choices)."""
+    """A row that can be used: its texts and its target (a label, one for each word, a place among the choices;
+    several labels; numbers)."""
 
     number: int
     texts: tuple[str, ...]
@@ -68,6 +75,10 @@ def item_of(config: Any, number: int, row: Row, labelled: bool = True) -> Item |
         return None
     if not labelled:
         return Item(number, known)
+    if config.of == "sequence" and config.problem in ("many", "number"):
+        read = numbers_of if config.problem == "number" else _several
+        found = read(row, columns[-1], config.labels)
+        return None if found is None else Item(number, known, target=found)
     name = name_of(row[1][-1], row[0], columns[-1])
     if name is None:
         return None
@@ -124,14 +135,69 @@ def name_of(value: Any, place: str, column: str) -> str | None:
     return str(value)
 
 
-def names_in(rows: Sequence[Row], task: Task, column: str) -> tuple[str, ...]:
+def several_of(row: Row, column: str) -> list[str] | None:
+    """The labels that hold for a text, by name; None where the row does not say."""
+    place, values = row
+    value = values[-1]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _json(value, place, column)
+    names = [name_of(one, place, column) for one in (value if isinstance(value, list) else [value])]
+    if names == [None]:
+        return None
+    return [name for name in names if name is not None]
+
+
+def _several(row: Row, column: str, labels: Sequence[str] | None) -> tuple[int, ...] | None:
+    """The numbers of the labels that hold for a text."""
+    names = several_of(row, column)
+    return None if names is None else tuple(number_of(name, labels, row[0], column) for name in names)
+
+
+def numbers_of(row: Row, column: str, labels: Sequence[str] | None = None) -> tuple[float, ...] | None:
+    """The numbers of a row, None where there are none; as many as `labels`, where these are known."""
+    place, values = row
+    value = values[-1]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _json(value, place, column)
+    if value is None or value == "":
+        return None
+    found = tuple(_number(one, place, column) for one in (value if isinstance(value, list) else [value]))
+    if labels is not None and len(found) != len(labels):
+        cause = f"column {column!r} holds {count(len(found), 'number')}, and the model gives {len(labels)}"
+        raise refuse(cause, "give each row as many", place=place)
+    return found
+
+
+def _number(value: Any, place: str, column: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number == IGNORE:
+        cause = f"column {column!r} holds {value!r}, and what is learnt is a finite number other than {IGNORE}"
+        raise refuse(cause, "name the column of numbers with objective.label", place=place)
+    return number
+
+
+def _json(text: str, place: str, column: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise refuse(
+            f"column {column!r} begins like a JSON list and is none ({error})", "repair it", place=place
+        ) from None
+
+
+def names_in(rows: Sequence[Row], task: Task, column: str, many: bool = False) -> tuple[str, ...]:
     """The labels in the last column of all rows: numbers in order, else by name; raises UserError for no labels."""
     found: Counter[str] = Counter()
     for place, values in rows:
         tags = values[-1]
         if task == "token":
             tags = tags.split() if isinstance(tags, str) else tags
-        for tag in tags if task == "token" and isinstance(tags, list) else [tags]:
+        elif many:
+            tags = several_of((place, values), column)
+        for tag in tags if (task == "token" or many) and isinstance(tags, list) else [tags]:
             name = name_of(tag, place, column)
             if name is not None:
                 found[name] += 1

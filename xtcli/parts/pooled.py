@@ -202,6 +202,8 @@ class SequenceLabels(Head):
         self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
         self.first = nn.Dropout(self.dropout.p if config.first_dropout is None else config.first_dropout)
         self.classifier = Linear(width, config.labels, config.bias, "head")
+        if config.problem == "number" or (config.problem is None and config.labels == 1):
+            self.unit = "squared error"
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         x = self.first(pick_vector(hidden, self.pick, self.pad, self.end))

@@ -3,11 +3,15 @@
     accuracy       share of the targets whose likeliest label is theirs
     f1, labels     mean over the labels of 2 TP / (2 TP + FP + FN) (macro-F1); a label that is neither expected nor
                    predicted does not count
+    micro_f1       2 TP / (2 TP + FP + FN) over all labels of all texts, where any number of them holds
+    mse            mean squared error of numbers
+    pearson        correlation of expected and predicted numbers, the mean over the outputs; absent where one of them
+                   does not vary
     exact_match    share of the questions whose answer equals one of the expected ones
     f1, answers    mean over the questions of 2 PR / (P + R) over words, the best of the expected answers
 
 Answers are compared as SQuAD does (Rajpurkar et al. 2016, arXiv:1606.05250): lower case, without punctuation, without
-the articles a, an, the, words parted by one space. All scores lie between 0 and 1.
+the articles a, an, the, words parted by one space. All but mse and pearson lie between 0 and 1.
 """
 
 from __future__ import annotations
@@ -69,6 +73,47 @@ class LabelScores:
             return {}
         found = {"accuracy": self.right / self.total}
         return found | ({"f1": macro_f1(self.confusion)} if self.named else {})
+
+
+class SetScores:
+    """Micro-F1 of labels of which any number holds: one is predicted where its probability is above a half."""
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+        self.hits = self.both = self.texts = 0
+
+    def add(self, batch: Batch, outputs: Outputs) -> None:
+        (logits,) = outputs[self.head].values()
+        expected, predicted = batch.targets[self.head].reshape(logits.shape) > 0.5, logits > 0
+        self.hits += int((expected & predicted).sum())
+        self.both += int(expected.sum() + predicted.sum())
+        self.texts += len(logits)
+
+    def result(self) -> dict[str, float]:
+        """1 where no label was expected and none predicted."""
+        return {"micro_f1": 2 * self.hits / self.both if self.both else 1.0} if self.texts else {}
+
+
+class NumberScores:
+    """Mean squared error and Pearson's correlation."""
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+        self.pairs: list[Tensor] = []
+
+    def add(self, batch: Batch, outputs: Outputs) -> None:
+        (logits,) = outputs[self.head].values()
+        expected = batch.targets[self.head].reshape(logits.shape)
+        self.pairs.append(torch.stack((expected, logits)).double().cpu())
+
+    def result(self) -> dict[str, float]:
+        if not self.pairs:
+            return {}
+        expected, predicted = torch.cat(self.pairs, 1)
+        found = {"mse": float((expected - predicted).square().mean())}
+        a, b = expected - expected.mean(0), predicted - predicted.mean(0)
+        length = (a.square().sum(0) * b.square().sum(0)).sqrt()
+        return found | ({"pearson": float(((a * b).sum(0) / length).mean())} if bool((length > 0).all()) else {})
 
 
 def macro_f1(confusion: np.ndarray[Any, Any]) -> float:

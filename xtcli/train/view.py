@@ -29,7 +29,14 @@ from xtcli.train.curve import curve
 
 MIN_WIDTH, MIN_HEIGHT = 50, 20
 CURVE_HEIGHT, SAMPLE_LINES = 8, 4
-SCORES = {"val_accuracy": "accuracy", "val_exact_match": "exact match", "val_f1": "F1"}
+SCORES: Mapping[str, str] = {
+    "val_accuracy": "accuracy {:.1%}",
+    "val_exact_match": "exact match {:.1%}",
+    "val_f1": "F1 {:.1%}",
+    "val_micro_f1": "micro-F1 {:.1%}",
+    "val_mse": "mean squared error {:.4g}",
+    "val_pearson": "Pearson's correlation {:.3f}",
+}
 HISTORY = 2000
 """Points of the curve that are kept; beyond it, neighbours are averaged."""
 
@@ -181,7 +188,7 @@ def validation_text(metrics: Mapping[str, Any]) -> str:
     loss = metrics["val_loss"]
     unit = unit_of(metrics)
     text = f"validation loss {loss:.4f} {unit}"
-    scores = [f"{words} {100 * metrics[key]:.1f} %" for key, words in SCORES.items() if key in metrics]
+    scores = [words.format(metrics[key]).replace("%", " %") for key, words in SCORES.items() if key in metrics]
     if scores:
         text += f" ({', '.join(scores)})"
     elif unit == "nats" and math.isfinite(loss) and loss < 20:
