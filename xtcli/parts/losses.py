@@ -37,26 +37,26 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
 
     Columns beyond `vocab` only fill up the width: no probability falls on them.
     """
-    wide = widen(logits[:, :vocab])
+    wide = widen(logits)
+    columns = torch.arange(wide.shape[1], device=logits.device)[None, :]
     if cap is not None:
         bent = torch.tanh(wide / cap)
         wide = bent * cap
     real = targets != IGNORE
     aims = targets.masked_fill(~real, 0)[:, None]
-    log_sum = wide.logsumexp(-1)
+    # Over the whole width, since a slice of it is no multiple of what a GPU loads at once.
+    seen = wide if vocab == wide.shape[1] else wide.masked_fill(columns >= vocab, float("-inf"))
+    log_sum = seen.logsumexp(-1)
     wanted = wide.gather(1, aims)[:, 0] * (1.0 - smoothing)
+    slope = torch.exp(seen - log_sum[:, None]) - (columns == aims).to(wide.dtype) * (1.0 - smoothing)
     if smoothing:
-        wanted = wanted + wide.mean(-1) * smoothing
+        share = (columns < vocab).to(wide.dtype) * (smoothing / vocab)
+        wanted = wanted + (wide * share).sum(-1)
+        slope = slope - share
     loss = torch.where(real, log_sum - wanted, 0.0).sum()
-    slope = torch.exp(wide - log_sum[:, None])
-    hit = torch.arange(vocab, device=logits.device)[None, :] == aims
-    slope = slope - hit.to(slope.dtype) * (1.0 - smoothing)
-    if smoothing:
-        slope = slope - smoothing / vocab
     if cap is not None:
         slope = slope * (1.0 - bent * bent)
-    slope = torch.where(real[:, None], slope, 0.0).to(logits.dtype)
-    return loss, F.pad(slope, (0, logits.shape[1] - vocab))
+    return loss, torch.where(real[:, None], slope, 0.0).to(logits.dtype)
 
 
 def slab_rows(rows: int, width: int, itemsize: int, device: str) -> int:
