@@ -11,6 +11,7 @@ language models) only those are multiplied with the vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,16 @@ class Hidden:
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows (B, ...) as (questions, choices, ...) where there are choices."""
         return rows if self.choices is None else rows.unflatten(0, (-1, self.choices))
+
+    def few(self, places: int | Tensor) -> Hidden:
+        """What heads read of the last `places` of a text alone, or of those that are numbered; 0 = of all."""
+        if isinstance(places, int) and places == 0:
+            return self
+        where = slice(-places, None) if isinstance(places, int) else places
+        made = copy.copy(self)
+        made.states = self.states[:, where]
+        made.further = None if self.further is None else self.further[:, :, where]
+        return made
 
 
 Labels = Mapping[str, Tensor | None]
@@ -259,6 +270,9 @@ class MaskedLanguageModel(Head):
         super().__init__()
         refuse_without_table(config.tied, scope)
         narrow = scope.table or scope.dim
+        if config.extended and narrow > scope.dim:
+            cause = f"the token table's rows are {narrow} wide, the states {scope.dim}: nothing is left for columns"
+            raise Impossible("extended", cause, "leave it out")
         width = scope.dim if config.extended else narrow
         self.dense = Linear(scope.dim, width, True) if config.dense or width != scope.dim else nn.Identity()
         self.act = ACTIVATIONS[config.act]

@@ -26,6 +26,7 @@ TRIGRAM = Key("trigram_input", bool, True)
 COUNT = Key("num_feedforward_networks", int, 4)
 EPS = Key("layer_norm_eps", float, 1e-12)
 NORM = Key("normalization_type", str, "no_norm")
+DECODES = Key("is_decoder", bool, False)
 POOLS = Key("classifier_activation", bool, True)
 MOST = 8
 USUAL_EPS = 1e-5
@@ -56,8 +57,7 @@ def _embed(options: Options) -> dict[str, Any]:
 
 def _write_embed(value: Any, found: dict[str, Any]) -> None:
     found["trigram_input"] = value["kind"] == "trigram"
-    if "width" in value:
-        found["embedding_size"] = value["width"]
+    found["embedding_size"] = value.get("width", found[DIM.name])
     found["type_vocab_size"], found["hidden_dropout_prob"] = value["segments"], value["dropout"]
     _write_norm(value["norm"], found)
 
@@ -71,8 +71,8 @@ def _names(count: int) -> list[str]:
 
 
 def _block(options: Options) -> dict[str, Any]:
-    narrows, count = NARROWS.load(options), COUNT.load(options)
-    if not 1 <= count <= MOST:
+    narrows, count = NARROWS.load(options), max(COUNT.load(options), 1)
+    if count > MOST:
         options.refuse(COUNT.name, f"is {count}", f"1 to {MOST} feed-forwards are expressed")
         count = 1
     inner, dim = INNER.load(options), DIM.load(options)
@@ -85,13 +85,16 @@ def _block(options: Options) -> dict[str, Any]:
     ffn = {"kind": "mlp", "hidden": HIDDEN.load(options), "act": ACT.load(options)}
     names = _names(count)
     attention = {"kind": kind, "heads": HEADS.load(options), "dropout": ATTENTION_DROPOUT.load(options)}
+    # Trigrams see both ways whatever attention does.
+    attention["mask"] = {"kind": "causal" if DECODES.load(options) else "inherit"}
     if kind == "outer-values":
         attention["norm"] = _norm(options, EPS.load(options))
     wiring: dict[str, Any] = {
         "kind": "bottleneck" if narrows else "post",
         "norm": _norm(options, EPS.load(options)),
         "norms": {names[-1]: _norm(options, USUAL_EPS)},
-        "dropout": DROPOUT.load(options),
+        # All feed-forwards but the last are added whole; a bottleneck drops what goes back to the stream.
+        "dropout": DROPOUT.load(options) if narrows else dict.fromkeys(names[:-1], 0.0),
     }
     if narrows:
         wiring["width"] = inner
@@ -110,6 +113,7 @@ def _write_block(value: Any, found: dict[str, Any]) -> None:
     found["key_query_shared_bottleneck"] = kind == "outer-values"
     found["num_attention_heads"] = sublayers["attn"]["heads"]
     found["attention_probs_dropout_prob"] = sublayers["attn"]["dropout"]
+    found["is_decoder"] = sublayers["attn"]["mask"]["kind"] == "causal"
     found["num_feedforward_networks"] = len(sublayers) - 1
     HIDDEN.dump(sublayers["ffn"]["hidden"], found, "")
     ACT.dump(sublayers["ffn"]["act"], found, "")
@@ -270,7 +274,6 @@ MOBILEBERT = Family(
     dead=_dead,
     drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
     prefixes=("mobilebert.", ""),
-    fixed={"is_decoder": (False,)},
     neutral=frozenset(
         "add_cross_attention classifier_dropout is_encoder_decoder tie_word_embeddings true_hidden_size".split()
     ),
