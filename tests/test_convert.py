@@ -15,7 +15,9 @@ from torch import Tensor
 import xtcli
 from xtcli.config.preset import load_preset
 from xtcli.convert import convert
-from xtcli.model import load
+from xtcli.data.tokenizers import Bytes
+from xtcli.data.train_tokenizer import train
+from xtcli.model import build, load, save_model
 
 RELATIVE = {"position_embedding_type": "relative_key"}
 FORMS = [
@@ -240,3 +242,16 @@ def test_tokenizer_and_generation_settings_travel(tmp_path: Path) -> None:
     assert sorted(report.companions) == sorted(texts)
     for name, text in texts.items():
         assert (tmp_path / "there" / name).read_text() == (tmp_path / "back" / name).read_text() == text
+
+
+def test_a_new_config_says_how_texts_begin_and_end(tmp_path: Path) -> None:
+    for preset, wanted in (
+        ("gpt2-nano", {"bos_token_id": None, "eos_token_id": 256}),
+        ("t5-small", {"eos_token_id": 256, "decoder_start_token_id": 511, "pad_token_id": 511}),
+    ):
+        resolved = load_preset(preset, ["model.pad=511"] if preset == "t5-small" else [], tiny=True)
+        tokenizer = train(Bytes.Config(), [])
+        save_model(build(resolved), tmp_path / preset, resolved.to_yaml(), tokenizer)
+        convert(tmp_path / preset, tmp_path / f"{preset} theirs", to="hf")
+        values = json.loads((tmp_path / f"{preset} theirs/config.json").read_text())
+        assert {key: values.get(key, "absent") for key in wanted} == wanted

@@ -21,7 +21,7 @@ from xtcli.config.preset import load_preset
 from xtcli.convert.adapters import merged
 from xtcli.convert.casts import Cast
 from xtcli.convert.checks import counted, label
-from xtcli.convert.companions import copy_companions
+from xtcli.convert.companions import TOKENIZER, copy_companions
 from xtcli.convert.engine import forward, same_bits, to_theirs
 from xtcli.convert.families import FAMILIES, by_name
 from xtcli.convert.family import Family, Form
@@ -36,9 +36,12 @@ from xtcli.convert.reading import CONFIG, no_family, read_config, read_json, ske
 from xtcli.convert.report import Report
 from xtcli.convert.same import difference, unlike
 from xtcli.convert.verify import Sides
+from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import Problem, UserError, did_you_mean, refuse
 from xtcli.registry import Config, part_of, tree
 from xtcli.runs.checkpoint import locate
+
+START = "decoder_start_token_id"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def prepare(
     like = skeleton(config, str(folder))
     form, values = find_form(config, family, before, str(folder))
     values = _labelled(values, labels)
+    if not before:
+        values = _spoken(values, form, config, folder)
     plan = make_plan(form[0], form[1], config, like)
     _check(source, kept, plan, like, folder)
     return Export(folder, source, kept, before, _typed(values, source, cast, not before), plan, like, cast)
@@ -243,6 +248,20 @@ def _labelled(values: dict[str, Any], names: Sequence[str] | None) -> dict[str, 
     if len(named) != len(before) or named == before:
         return values
     return values | {"id2label": named, "label2id": {name: int(number) for number, name in named.items()}}
+
+
+def _spoken(values: dict[str, Any], form: tuple[Family, Form], config: Any, folder: Path) -> dict[str, Any]:
+    """A new config.json with the ids that texts begin and end with, which the reference's own defaults would get wrong.
+
+    They are the tokenizer's; a decoder whose start is left open starts with the padding, there as here.
+    """
+    found = dict(values)
+    if (folder / TOKENIZER).is_file():
+        special = Tokenizer.load(folder).special
+        found = {f"{role}_token_id": special.get(role) for role in ("bos", "eos")} | found
+    if found.get(START, 0) is None:
+        found[START] = config.pad
+    return values if _differs(*form, found, config, str(folder)) else found
 
 
 def _typed(values: dict[str, Any], source: Source, cast: Cast, fresh: bool) -> dict[str, Any]:
