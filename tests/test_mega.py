@@ -1,4 +1,4 @@
-"""Mega against the reference: every class, every option; the moving average and the chunks against slow twins."""
+"""Mega against the reference: every class, every option; chunks and documents against slow twins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from xtcli.convert import convert
 from xtcli.errors import UserError
 from xtcli.model import construct
-from xtcli.parts.ema import DampedEma, Spread, convolved, cut_short, ema_steps, packed, taps_of
+from xtcli.parts.dropouts import make_dropout
 from xtcli.registry import find
 
 SIZES: dict[str, Any] = {
@@ -34,6 +34,7 @@ SIZES: dict[str, Any] = {
 }
 TOLERANCE = 5e-5
 DECODES = {"is_decoder": True, "bidirectional": False, "use_cache": False}
+CROSS = DECODES | {"add_cross_attention": True}
 SIMPLE = {"relative_positional_bias": "simple"}
 CHUNKED = {"use_chunking": True, "chunk_size": 8}
 
@@ -42,7 +43,12 @@ def reference(name: str, options: dict[str, Any]) -> Any:
     said = SIZES | json.loads(json.dumps(options))
     more = {key: said.pop(key) for key in ("add_pooling_layer",) if key in said}
     cls = getattr(transformers, name)
-    return randomise(cls(transformers.MegaConfig(**said), **more))
+    model = randomise(cls(transformers.MegaConfig(**said), **more))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean, module.running_var = noise(24), 1.0 + noise(24) ** 2
+            module.num_batches_tracked += 3
+    return model
 
 
 def labels(name: str, config: Any) -> dict[str, Tensor]:
@@ -83,6 +89,12 @@ def feeds(name: str, config: Any) -> dict[str, dict[str, Tensor]]:
             continue  # A query with nothing but padding before it makes everything nan there.
         kept = mask(4, length, side)
         found[f"padded {side}"] = {"input_ids": ids(4, length).masked_fill(kept == 0, PAD), "attention_mask": kept}
+    if config.add_cross_attention:
+        for feed, given in found.items():
+            rows = next(iter(given.values())).shape[0]
+            given["encoder_hidden_states"] = noise(rows, 7, 24)
+            if feed.startswith("padded"):
+                given["encoder_attention_mask"] = mask(rows, 7, "right")
     if name == "MegaForMultipleChoice":
         for given in found.values():
             given |= {
@@ -132,6 +144,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MegaForCausalLM", DECODES | {"attention_activation": "laplace"}),
     ("MegaForCausalLM", DECODES | CHUNKED),
     ("MegaForCausalLM", DECODES | CHUNKED | SIMPLE | {"attention_activation": "relu2"}),
+    *((MLM, {"normalization_type": "batchnorm", "norm_affine": affine}) for affine in (True, False)),
+    ("MegaForCausalLM", CROSS | {"use_feature_dropout": True}),
+    ("MegaForCausalLM", CROSS | SIMPLE | {"attention_activation": "laplace", "normalize_before_ffn": False}),
+    ("MegaModel", CROSS | {"normalize_before_mega": False, "normalization_type": "batchnorm"}),
     ("MegaForSequenceClassification", {"num_labels": 3}),
     ("MegaForSequenceClassification", {"num_labels": 1} | CHUNKED),
     ("MegaForSequenceClassification", {"num_labels": 5, "problem_type": "multi_label_classification"}),
@@ -160,6 +176,8 @@ def test_files_come_back_byte_for_byte(name: str, options: dict[str, Any], tmp_p
     more = {key: value for key, value in options.items() if key == "add_pooling_layer"}
     back = opens_cleanly(tmp_path / "back", type(theirs), **more)
     given = {"input_ids": ids(2, 8)}
+    if theirs.config.add_cross_attention:
+        given["encoder_hidden_states"] = noise(2, 7, 24)
     if name != "MegaForMultipleChoice":
         torch.testing.assert_close(back(**given)[0], theirs(**given)[0], atol=1e-6, rtol=1e-6)
 
@@ -167,11 +185,9 @@ def test_files_come_back_byte_for_byte(name: str, options: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"normalization_type": "batchnorm"}, "normalization_type"),
+        ({"normalization_type": "syncbatchnorm"}, "normalization_type"),
         ({"normalization_type": "layernorm", "norm_affine": False}, "norm_affine"),
-        ({"use_feature_dropout": True}, "use_feature_dropout"),
         ({"is_decoder": True}, "bidirectional"),
-        (DECODES | {"add_cross_attention": True}, "add_cross_attention"),
         ({"use_chunking": True}, "chunk_size"),
         (SIMPLE | {"chunk_size": 49}, "chunk_size"),
         ({"relative_positional_bias": "none"}, "relative_positional_bias"),
@@ -184,6 +200,13 @@ def test_what_is_not_expressed_is_refused(options: dict[str, Any], words: str, t
     config.write_text(json.dumps(json.loads(config.read_text()) | options))
     with pytest.raises(UserError, match=words):
         convert(source, tmp_path / "ours", family="auto")
+
+
+def test_channels_are_dropped_whole() -> None:
+    x = torch.ones(5, 30, 7)
+    made = make_dropout(0.5, True)(x)
+    assert torch.equal(made, made[:, :1].expand(-1, 30, -1)) and set(made.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(make_dropout(0.5, True).eval()(x), x)
 
 
 def small(causal: bool, **changes: Any) -> Any:
@@ -270,81 +293,3 @@ def test_a_broken_chunk_is_refused_with_its_length() -> None:
 def test_a_table_refuses_texts_beyond_it() -> None:
     with pytest.raises(UserError, match="49 tokens"):
         small(False, distance="table")(input_ids=ids(1, 49))
-
-
-def averages() -> tuple[Tensor, ...]:
-    """Inputs of an average, in double precision, with gradients."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 75, generator=generator, dtype=torch.double)
-    weight = torch.randn(3, 5, generator=generator, dtype=torch.double)
-    log_keep = -torch.rand(3, 5, generator=generator, dtype=torch.double)
-    return x.requires_grad_(), weight.requires_grad_(), log_keep.requires_grad_()
-
-
-def direct(x: Tensor, kernel: Tensor, documents: Tensor | None, step: int = 1) -> Tensor:
-    """The convolution as it is defined; `step` -1 looks ahead."""
-    made = []
-    for t in range(x.shape[-1]):
-        total = torch.zeros_like(x[..., 0])
-        for lag in range(kernel.shape[-1]):
-            place = t - step * lag
-            if 0 <= place < x.shape[-1]:
-                own = 1.0 if documents is None else (documents[:, place] == documents[:, t])[:, None]
-                total = total + kernel[:, lag] * x[..., place] * own
-        made.append(total)
-    return torch.stack(made, -1)
-
-
-def alike(one: Tensor, other: Tensor, inputs: tuple[Tensor, ...]) -> None:
-    """Equal values and equal gradients."""
-    torch.testing.assert_close(one, other)
-    pull = torch.randn(one.shape, generator=torch.Generator().manual_seed(1), dtype=one.dtype)
-    grads = (torch.autograd.grad(made, inputs, pull, retain_graph=True) for made in (one, other))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_fourier_equals_the_loop_over_time() -> None:
-    inputs = x, weight, log_keep = averages()
-    slow, _ = ema_steps(x, weight, log_keep, x.new_zeros(2, 3, 5))
-    alike(convolved(x, taps_of(weight, log_keep, 75)), slow, inputs)
-
-
-def test_fourier_both_ways_equals_its_definition() -> None:
-    inputs = x, weight, log_keep = averages()
-    ahead, back = (
-        taps_of(weight, log_keep, 9),
-        taps_of(weight.cos(), log_keep, 9),
-    )
-    alike(convolved(x, ahead, back), direct(x, ahead, None) + direct(x, back, None, -1), inputs)
-
-
-def test_pieces_equal_the_loop_over_time() -> None:
-    x, weight, log_keep = averages()
-    documents = torch.tensor([[0] * 30 + [1] * 34 + [2] * 11, [4] * 2 + [5] * 73])
-    state = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.double, requires_grad=True)
-    fast, slow = (made(x, weight, log_keep, state, documents) for made in (packed, ema_steps))
-    alike(fast[0], slow[0], (x, weight, log_keep))
-    # The state is gone where the last document began.
-    alike(fast[1], slow[1], (x, log_keep))
-
-
-@pytest.mark.parametrize("taps", [1, 4, 40, None])
-def test_a_kernel_cut_short_ends_with_its_document(taps: int | None) -> None:
-    inputs = x, weight, log_keep = averages()
-    documents = torch.tensor([[0] * 30 + [1] * 34 + [2] * 11, [4] * 2 + [5] * 73])
-    kernel = taps_of(weight, log_keep, taps or 75)
-    alike(cut_short(x, weight, log_keep, taps, documents), direct(x, kernel, documents), inputs)
-
-
-def test_averages_begin_as_published() -> None:
-    model = DampedEma(8, 4, True, None, Spread(0.2, 0.02, 1.0))
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(weight: Tensor, std: float) -> None:
-        weight.normal_(0.0, std, generator=generator)
-
-    with torch.no_grad():
-        model.draw(normal)
-    assert model.expand.shape == (16, 4)
-    assert (model.expand - torch.tensor([1.0, -1.0, 1.0, -1.0])).abs().max() < 0.1

@@ -158,7 +158,7 @@ def make(causal: bool, config: dict[str, Any], seed: int = 0) -> Graph:
     """A small model with every parameter random, gains and biases too; skips what only a decoder with memory takes."""
     config = dict(config)
     attn = config["stack"].get("block", {}).get("sublayers", {}).get("attn", {})
-    if attn.get("kind") == "cross-attention":
+    if getattr(find("mixer", attn.get("kind", "attention")), "reads_memory", False):
         config["memory"] = 48
     cls = find("graph", "decoder" if causal else "encoder")
     try:

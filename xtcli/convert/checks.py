@@ -39,10 +39,12 @@ def _shapes(plan: Plan, claims: Claims, source: Source, place: str) -> list[Prob
 def _types(plan: Plan, claims: Claims, source: Source, place: str) -> list[Problem]:
     """All weights have one floating type, but for those that the family's files may hold wider.
 
-    What the config makes is no weight: it has the type that it is made in, where that is no floating one.
+    What the config makes is no weight: it has the type that it is made in, where that is no floating one. Nor is what
+    counts.
     """
     known = plan.family.known(plan.config)
     made = {plan.form.prefix + name: value.dtype for name, value in known.items() if not value.is_floating_point()}
+    made |= {name: torch.int64 for name in claims.source if plan.family.whole and name.endswith(plan.family.whole)}
     names = [name for name in claims.source if name not in claims.dropped and name not in made]
     types = {name: source.entries[claims.source[name]].dtype for name in names}
     common: torch.dtype = Counter(types.values()).most_common(1)[0][0]

@@ -59,16 +59,16 @@ class Form:
 class Family:
     """A family. `trunk`, `drops` and `dead` hold names without the form's prefix.
 
-    template: form -> the template of `model`. trunk, heads: name rules for a model's config. ties: (config,
-    prefix) -> whole names that stand for the tensor of another whole name. dead: tensors that a file must hold
-    and no network uses. aliases: endings of older names and what they are now. fixed: keys that must have one
-    of these values where they appear. neutral: keys that do not touch the network. mixed: endings of the names
-    that may be float32 where all others are narrower. kernel: the reference's attention that obeys every option.
-    objectives: kind of graph -> objective of its language models, or head -> its objective, where it is not the usual
-    one. known: what some of the dead tensors hold, where that follows from the config. rescaled: endings of our modules
-    whose weights the reference multiplies while it runs, or whose outputs it lays out otherwise, so that their own
-    outputs are not compared. time_first: the reference's modules work on (T, B, D). runnable: within it the reference
-    runs, where it does not by itself.
+    template: form -> the template of `model`. trunk, heads: name rules for a model's config. ties: (config, prefix) ->
+    whole names that stand for the tensor of another whole name. dead: tensors that a file must hold and no network
+    uses. aliases: endings of older names and what they are now. fixed: keys that must have one of these values where
+    they appear. neutral: keys that do not touch the network. mixed: endings of the names that may be float32 where all
+    others are narrower. whole: endings of those that hold int64. kernel: the reference's attention that obeys every
+    option. objectives: kind of graph -> objective of its language models, or head -> its objective, where it is not the
+    usual one. known: what some of the dead tensors hold, where that follows from the config. rescaled: endings of our
+    modules whose weights the reference multiplies while it runs, or whose outputs it lays out otherwise, so that their
+    own outputs are not compared. time_first: the reference's modules work on (T, B, D). runnable: within it the
+    reference runs, where it does not by itself.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     neutral: frozenset[str] = frozenset()
     mixed: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     kernel: str = "eager"
     objectives: Mapping[str, str] = field(default_factory=dict)
     known: Callable[[Config], Mapping[str, Tensor]] = _nothing

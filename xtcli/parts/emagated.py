@@ -29,6 +29,7 @@ from xtcli.parts import masks
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.chunked import Chunks
 from xtcli.parts.context import Ctx, KeyValues
+from xtcli.parts.dropouts import make_dropout
 from xtcli.parts.ema import DampedEma, Spread
 from xtcli.parts.linear import Draw, Linear, widen
 from xtcli.parts.previous import new_documents, real_tokens
@@ -142,6 +143,7 @@ class EmaGated(nn.Module):
         distance: Annotated[Config, Slot("distance")] = field("bias by distance", DistanceWaves.Config())
         dropout: float | None = field("dropout of the average and the output; null = model.dropout", None, ge=0, lt=1)
         value_dropout: float = field("dropout of the values", 0.0, ge=0, lt=1)
+        channels: bool = field("all but the dropout of weights drops whole channels of a row", False)
         weight_dropout: float = field("dropout of the weights", 0.0, ge=0, lt=1)
         decay_std: float = field("spread of damping and decay at the start", 0.2, ge=0)
         expand_std: float = field("spread around 1 and -1 of what enters the states at the start", 0.02, ge=0)
@@ -166,8 +168,8 @@ class EmaGated(nn.Module):
         self.distance = scope.make("distance", config.distance, dim=config.shared)
         self.act = ACTIVATIONS[config.act]
         self.scale = config.shared**-0.5
-        self.dropout = nn.Dropout(scope.dropout if config.dropout is None else config.dropout)
-        self.value_dropout = nn.Dropout(config.value_dropout)
+        self.dropout = make_dropout(scope.dropout if config.dropout is None else config.dropout, config.channels)
+        self.value_dropout = make_dropout(config.value_dropout, config.channels)
         self.weight_dropout = nn.Dropout(config.weight_dropout)
         # What is divided by counts padding where it counts slots.
         self.aligned = config.chunk is not None or (scope.causal and config.weights != "softmax")

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ctx
+from xtcli.parts.dropouts import make_dropout
 from xtcli.parts.linear import Linear
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, field, part
@@ -32,6 +33,7 @@ class FeedForward(nn.Module):
         act: Activation = field("activation", "gelu")
         bias: bool = field("adds biases to all its linear layers", True)
         dropout: float = field("dropout on the inner activations", 0.0, ge=0, lt=1)
+        channels: bool = field("dropout drops whole channels of a row", False)
         chunk: int | None = field("positions computed at a time; null = all", None, gt=0)
 
     def __init__(self, config: Config, scope: Scope) -> None:
@@ -42,7 +44,7 @@ class FeedForward(nn.Module):
         self.up = Linear(scope.dim, config.hidden, config.bias)
         self.down = Linear(config.hidden, scope.dim, config.bias, "output")
         self.act = ACTIVATIONS[config.act]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config.dropout, config.channels)
 
     def new_state(self, batch: int, capacity: int, device: Any, dtype: Any) -> None:
         return None

@@ -6,6 +6,7 @@
     rms-scale   x / sqrt(mean(x^2) + eps) * weight, one number   Ma et al. 2022, arXiv:2209.10655
     scale       x / max(|x|, eps) * weight, a single number      Nguyen, Salazar 2019, arXiv:1910.05895
     unit        x / max(|x|, eps), in groups of the axis         Henry et al. 2020, arXiv:2010.04245
+    batch       (x - mean) / sqrt(var + eps) * weight + bias     Ioffe, Szegedy 2015, arXiv:1502.03167
     affine      x * weight + bias                                Sun et al. 2020, arXiv:2004.02984
     gain        x * weight
     none        x
@@ -134,6 +135,29 @@ class Gain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+@part("norm", "batch")
+class BatchNorm(nn.BatchNorm1d):
+    """Mean and variance of each channel: over all places of all rows in training, padding and future among them, else
+    the running ones that training left."""
+
+    class Config(registry.Config):
+        """Batch normalisation."""
+
+        eps: float = field("added to the variance", 1e-5, gt=0)
+        affine: bool = field("learns a gain and a bias", True)
+
+    def __init__(self, config: Config, scope: Scope) -> None:
+        super().__init__(scope.dim, eps=config.eps, affine=config.affine)
+
+    def draw(self, normal: Draw) -> None:
+        """Gain 1, bias 0, nothing seen yet."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return super().forward(x.flatten(0, -2)).to(x.dtype).reshape(x.shape)
 
 
 @part("norm", "scale")

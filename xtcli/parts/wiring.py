@@ -26,6 +26,7 @@ from xtcli import registry
 from xtcli.errors import did_you_mean, refuse
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx, Memory
+from xtcli.parts.dropouts import make_dropout
 from xtcli.parts.linear import widen
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.scope import Impossible, Scope
@@ -59,6 +60,7 @@ class Joining(nn.Module):
         dropout: Rate | dict[SublayerName, Rate] | None = field(
             "dropout on what sublayers add; one number, or one by name; null, or no name = model.dropout", None
         )
+        channels: bool = field("dropout drops whole channels of a row", False)
         drop_path: float = field("chance in training that a row goes past a sublayer", 0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, scope: Scope, names: tuple[str, ...]) -> None:
@@ -74,8 +76,9 @@ class Joining(nn.Module):
             if name not in names:
                 raise Impossible("dropout", f"the block has no sublayer '{name}'", did_you_mean(name, names))
         usual = config.dropout if isinstance(config.dropout, float) else scope.dropout
-        self.dropout = nn.Dropout(usual)
-        self.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items() if rate != usual})
+        self.dropout = make_dropout(usual, config.channels)
+        apart = {name: make_dropout(rate, config.channels) for name, rate in rates.items() if rate != usual}
+        self.dropouts = nn.ModuleDict(apart)
         self.path = DropPath(config.drop_path)
 
     @staticmethod

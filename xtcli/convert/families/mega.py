@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtcli.convert.families.bert import CLASSIFIER_DROPOUT, POOLER, TIED
+from xtcli.convert.families.bert import CLASSIFIER_DROPOUT, CROSS, POOLER, TIED
 from xtcli.convert.families.bert import DROPOUT as VALUE_DROPOUT
 from xtcli.convert.families.common import LABELS, TWO_OUTPUTS, activation, pad
 from xtcli.convert.families.roberta import sequence
@@ -17,6 +17,7 @@ from xtcli.convert.options import Code, Custom, Key, Options, Part, Switch, Unex
 from xtcli.convert.rules import Rule, Unit, layer, one
 
 ACTIVATIONS = activation("silu")
+DIM = Key("hidden_size", int, 128)
 DECODES = Key("is_decoder", bool, False)
 SPAN = Key("max_positions", int, 2048)
 CHUNKS = Key("use_chunking", bool, False)
@@ -24,6 +25,7 @@ CHUNK = Key("chunk_size", int, -1)
 DISTANCE = Key("relative_positional_bias", str, "rotary")
 BOTH = Key("bidirectional", bool, True)
 DROPOUT = Key("dropout_prob", float, 0.1)
+CHANNELS = Key("use_feature_dropout", bool, False)
 ACT = Key("activation", str, "silu", code=ACTIVATIONS)
 NORM = Key("normalization_type", str, "scalenorm")
 AFFINE = Key("norm_affine", bool, True)
@@ -39,6 +41,8 @@ NORMS: Mapping[tuple[str, bool], dict[str, Any]] = {
     ("scalenorm", True): {"kind": "rms-scale", "eps": EPS},
     ("scalenorm", False): {"kind": "simple-rms", "eps": EPS},
     ("layernorm", True): {"kind": "layer", "eps": EPS, "bias": True},
+    ("batchnorm", True): {"kind": "batch", "eps": EPS, "affine": True},
+    ("batchnorm", False): {"kind": "batch", "eps": EPS, "affine": False},
     # The reference computes the mean square and leaves it out.
     ("rmsnorm", True): {"kind": "gain"},
     ("rmsnorm", False): {"kind": "none"},
@@ -51,7 +55,7 @@ def _norm(options: Options) -> dict[str, Any]:
         options.refuse(AFFINE.name, f"is false, and {NORM.name} 'layernorm': the reference makes no such network")
         return {"kind": "none"}
     if key not in NORMS:
-        options.refuse(NORM.name, f"is {key[0]!r}", "scalenorm, layernorm and rmsnorm are expressed")
+        options.refuse(NORM.name, f"is {key[0]!r}", "scalenorm, layernorm, rmsnorm and batchnorm are expressed")
         return NORMS["scalenorm", True]
     return NORMS[key]
 
@@ -66,10 +70,12 @@ def _write_norm(value: Any, found: dict[str, Any]) -> None:
 
 def _wiring(options: Options) -> dict[str, Any]:
     feeds, before, ffn_before = FEEDS.load(options), BEFORE.load(options), FFN_BEFORE.load(options)
-    rates = {"attn": 0.0} | ({"ffn": DROPOUT.load(options)} if feeds else {})
+    mixers = ["attn", "cross"] if CROSS.load(options) else ["attn"]
+    rates = dict.fromkeys(mixers, 0.0) | ({"ffn": DROPOUT.load(options)} if feeds else {})
+    drops = {"dropout": rates, "channels": CHANNELS.load(options)}
     if not feeds or before == ffn_before:
-        return {"kind": "pre" if before else "post", "dropout": rates}
-    return {"kind": "pre-post", "after": ["ffn" if before else "attn"], "dropout": rates}
+        return {"kind": "pre" if before else "post", **drops}
+    return {"kind": "pre-post", "after": ["ffn"] if before else mixers, **drops}
 
 
 def _write_wiring(value: Any, found: dict[str, Any]) -> None:
@@ -160,24 +166,30 @@ def _template(form: Form) -> dict[str, Any]:
         "distance": Custom(_distance, _write_distance),
         "dropout": DROPOUT,
         "value_dropout": VALUE_DROPOUT,
+        "channels": CHANNELS,
         "weight_dropout": Key("attention_probs_dropout_prob", float, 0.1),
         "decay_std": Key("ema_delta_alpha_range", float, 0.2),
         "expand_std": Key("ema_beta_range", float, 0.02),
         "contract_std": Key("ema_gamma_omega_range", float, 1.0),
     }
+    # Keys and biases are of one kind in both attentions.
+    shared = ("shared", "act", "weights", "distance", "dropout", "channels", "value_dropout", "weight_dropout")
+    cross = {"kind": "gated-cross", **{name: mixer[name] for name in shared}, "required": True}
     ffn = {
         "kind": "mlp",
         "hidden": Key("nffn_hidden_size", int, 256),
         "act": ACT,
         "dropout": Key("nffn_activation_dropout_prob", float, 0.1),
+        "channels": CHANNELS,
     }
     return {
         "kind": Key(DECODES.name, bool, False, code=table({False: "encoder", True: "decoder"})),
         "vocab": Key("vocab_size", int, 30522),
-        "dim": Key("hidden_size", int, 128),
+        "dim": DIM,
         "context": SPAN,
         "dropout": DROPOUT,
         "pad": pad(1),
+        "memory": Switch(CROSS, {False: None, True: DIM}, silent=True),
         "norm": Custom(_norm, _write_norm),
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
         "embed": {
@@ -190,7 +202,10 @@ def _template(form: Form) -> dict[str, Any]:
         "stack": {
             "layers": Key("num_hidden_layers", int, 4),
             "norm": {"kind": "none"},
-            "block": {"wiring": WIRING, "sublayers": {"attn": mixer, "ffn": Part(FEEDS, ffn)}},
+            "block": {
+                "wiring": WIRING,
+                "sublayers": {"attn": mixer, "cross": Part(CROSS, cross), "ffn": Part(FEEDS, ffn)},
+            },
         },
         "heads": form.heads,
         **form.more,
@@ -214,9 +229,22 @@ FORMS = (
 )
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""What batch normalisation has seen."""
+
+
+def _distances(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return (
+        one(f"{theirs}.rel_pos_bias.rel_pos_bias", f"{ours}.distance.weight"),
+        one(f"{theirs}.rel_pos_bias.alpha", f"{ours}.distance.a", Unit()),
+        one(f"{theirs}.rel_pos_bias.b_param", f"{ours}.distance.b", Unit()),
+    )
+
+
 def _trunk(config: Any) -> Sequence[Rule]:
     """The names of the layers."""
     theirs, ours = "layers.{layer}.mega_layer", "stack.blocks.{layer}.attn"
+    their_cross, cross = "layers.{layer}.cross_attn", "stack.blocks.{layer}.cross"
     ffn, norms = "layers.{layer}.nffn", "stack.blocks.{layer}.wiring.norm"
     gain = "scalar" if config.norm.kind == "rms-scale" else "weight"
     states = {
@@ -235,15 +263,22 @@ def _trunk(config: Any) -> Sequence[Rule]:
         *layer(f"{theirs}.h_proj", f"{ours}.out"),
         one(f"{theirs}.qk_weight", f"{ours}.qk_weight"),
         one(f"{theirs}.qk_bias", f"{ours}.qk_bias"),
-        one(f"{theirs}.rel_pos_bias.rel_pos_bias", f"{ours}.distance.weight"),
-        one(f"{theirs}.rel_pos_bias.alpha", f"{ours}.distance.a", Unit()),
-        one(f"{theirs}.rel_pos_bias.b_param", f"{ours}.distance.b", Unit()),
-        one(f"{theirs}.norm.norm.{gain}", f"{norms}.attn.weight"),
-        one(f"{theirs}.norm.norm.bias", f"{norms}.attn.bias"),
+        *layer(f"{their_cross}.q_proj", f"{cross}.query"),
+        *layer(f"{their_cross}.k_proj", f"{cross}.key"),
+        *layer(f"{their_cross}.v_proj", f"{cross}.value"),
+        *layer(f"{their_cross}.h_proj", f"{cross}.out"),
+        *_distances(theirs, ours),
+        *_distances(their_cross, cross),
         *layer(f"{ffn}.fc1", "stack.blocks.{layer}.ffn.up"),
         *layer(f"{ffn}.fc2", "stack.blocks.{layer}.ffn.down"),
-        one(f"{ffn}.norm.norm.{gain}", f"{norms}.ffn.weight"),
-        one(f"{ffn}.norm.norm.bias", f"{norms}.ffn.bias"),
+        *(
+            rule
+            for name, module in (("attn", theirs), ("cross", their_cross), ("ffn", ffn))
+            for rule in (
+                one(f"{module}.norm.norm.{gain}", f"{norms}.{name}.weight"),
+                *(one(f"{module}.norm.norm.{tensor}", f"{norms}.{name}.{tensor}") for tensor in ("bias", *STATISTICS)),
+            )
+        ),
         *layer("pooler.dense", "pooler.dense"),
     )
 
@@ -257,7 +292,9 @@ def _known(config: Any) -> Mapping[str, Tensor]:
     """A zero that the reference keeps to know where its waves belong."""
     if config.stack.block.sublayers["attn"].distance.kind != "rotary":
         return {}
-    return {f"layers.{n}.mega_layer.rel_pos_bias._float_tensor": torch.zeros(1) for n in range(config.stack.layers)}
+    names = [name for name in ("mega_layer", "cross_attn") if name == "mega_layer" or config.memory is not None]
+    layers = range(config.stack.layers)
+    return {f"layers.{n}.{name}.rel_pos_bias._float_tensor": torch.zeros(1) for n in layers for name in names}
 
 
 def _dead(config: Any) -> Shapes:
@@ -285,10 +322,11 @@ MEGA = Family(
     ties=_ties,
     dead=_dead,
     known=_known,
+    whole=("num_batches_tracked",),
     time_first=True,
     rescaled=("embed.tokens", "embed.segments"),
     prefixes=("mega.", ""),
-    fixed={"is_encoder_decoder": (False,), "add_cross_attention": (False,), "use_feature_dropout": (False,)},
+    fixed={"is_encoder_decoder": (False,)},
     neutral=frozenset(
         """
         add_lm_hidden_dense_layer classifier_dropout tie_word_embeddings num_attention_heads chunk_size type_vocab_size
