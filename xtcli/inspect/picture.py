@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from xtcli.inspect import units
-from xtcli.inspect.sight import BiasView, MaskView, TurnView, Views
+from xtcli.inspect.grids import BiasView, MaskView, TurnView
+from xtcli.inspect.sight import Views
 
 BOTH, UPPER, LOWER, FEW = "\u2588", "\u2580", "\u2584", "\u2591"
 SHADES = " \u2591\u2592\u2593\u2588"
