@@ -197,6 +197,9 @@ class Custom:
             self.dumps(value, found)
         except Unexpressed as problem:
             raise Unexpressed(f"{path}: {problem}") from None
+        except KeyError as missing:
+            # The options are those of another kind of value.
+            raise Unexpressed(f"{path}: has no {missing}") from None
 
 
 MARKS = (Key, Part, Switch, Custom)
@@ -248,23 +251,27 @@ def fits_itself(template: Mapping[str, Any]) -> bool:
 def settle(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with what its nodes inherit written out: dropouts, positions, head counts and widths."""
 
-    def visit(node: Any) -> Any:
+    def visit(node: Any, rate: Any, dim: Any) -> Any:
         if isinstance(node, list):
-            return [visit(item) for item in node]
+            return [visit(item, rate, dim) for item in node]
         if not isinstance(node, Mapping):
             return node
-        full = {key: visit(value) for key, value in node.items()}
+        if "stack" in node:
+            # A side of a model has defaults of its own.
+            rate = rate if node.get("dropout") is None else node["dropout"]
+            dim = node.get("dim") or dim
+        full = {key: visit(value, rate, dim) for key, value in node.items()}
         if "dropout" in full and full["dropout"] is None:
-            full["dropout"] = tree["dropout"]
+            full["dropout"] = rate
         if "kv_heads" in full:
             full["kv_heads"] = full["kv_heads"] or full["heads"]
-            full["head_dim"] = full["head_dim"] or tree["dim"] // full["heads"]
+            full["head_dim"] = full["head_dim"] or dim // full["heads"]
             full["out_bias"] = full["bias"] if full["out_bias"] is None else full["out_bias"]
         if "layers" in full and "position" in full:
             _place(full)
         return full
 
-    return {key: visit(value) for key, value in tree.items()}
+    return visit(tree, tree["dropout"], tree["dim"])  # type: ignore[no-any-return]
 
 
 def _place(stack: dict[str, Any]) -> None:

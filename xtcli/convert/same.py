@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ def _equal(a: Any, b: Any) -> bool:
     """Equality of what modules remember; bound functions and partial ones by what they are made of."""
     if isinstance(a, partial) and isinstance(b, partial):
         return a.func is b.func and _equal(a.args, b.args) and _equal(a.keywords, b.keywords)
+    if isinstance(a, MethodType) and isinstance(b, MethodType):
+        return a.__func__ is b.__func__
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

@@ -76,13 +76,15 @@ def compare(sides: Sides, place: str) -> dict[str, Any]:
     inputs = {name: value for name, value in _inputs(sides.plan.config, accepted).items() if name in accepted}
     mine, traced = _run_ours(sides, inputs, pairs)
     expected, reference = _run_theirs(sides, cls, inputs, pairs, place)
+    recalled = _recalled(sides.plan.config)
     # A classifier may run on every state there and on the picked one here: then its output alone is compared.
     alike = [pair for pair in traced if pair in reference and traced[pair].numel() == reference[pair].numel()]
     modules = {
-        " + ".join(pair.ours): _worst(traced[pair], reference[pair], _real(pair.ours[0], inputs)) for pair in alike
+        " + ".join(pair.ours): _worst(traced[pair], reference[pair], _real(pair.ours[0], inputs, recalled))
+        for pair in alike
     }
     outputs = {
-        f"output {name}": _worst(mine[name], value, _real(name, inputs))
+        f"output {name}": _worst(mine[name], value, _real(name, inputs, ()))
         for name, value in expected.items()
         if name in mine
     }
@@ -131,8 +133,9 @@ def _inputs(config: Any, accepted: Mapping[str, Any]) -> dict[str, Tensor]:
     # Without a padding token the reference labels one text at a time.
     rows = 1 if head is not None and config.pad is None else ROWS
     model = construct(config)
-    # Some take whole chunks alone.
-    whole = math.lcm(*(getattr(module, "multiple", 1) for module in model.modules()))
+    # Some take whole chunks alone, some fill the last one up.
+    chunks = [length for module in model.modules() for length in getattr(module, "chunks", ())]
+    whole = math.lcm(*chunks, *(getattr(module, "multiple", 1) for module in model.modules()))
     length = -(-min(LENGTH, config.context or LENGTH) // whole) * whole
 
     def ids(width: int) -> Tensor:
@@ -167,7 +170,7 @@ def _run_ours(sides: Sides, inputs: Mapping[str, Tensor], pairs: list[Pair]) -> 
     model.load_state_dict(sides.ours(), assign=True)
     model = model.float().eval()
     calls: Outputs = {}
-    with torch.no_grad(), _watched(model, calls):
+    with torch.no_grad(), _watched(model, calls), _dice():
         output = model(**inputs)
     # Modules run in the order in which they were first called, which is the order to look for a difference in.
     ran = {name: place for place, name in enumerate(calls)}
@@ -202,7 +205,7 @@ def _run_theirs(
     model.tie_weights()
     model = model.float().eval()
     calls: Outputs = {}
-    with torch.no_grad(), sides.plan.family.runnable(), _watched(model, calls):
+    with torch.no_grad(), sides.plan.family.runnable(), _watched(model, calls), _dice():
         output = model(**inputs)
     if sides.plan.family.time_first:
         # The trunk's modules have the places in front, those of a head have the rows.
@@ -213,6 +216,14 @@ def _run_theirs(
             if made is not None and made.dim() > 2:
                 calls[name] = made.transpose(0, 1)
     return _tensors(output), {pair: calls[pair.theirs] for pair in pairs if pair.theirs in calls}
+
+
+@contextmanager
+def _dice() -> Iterator[None]:
+    """The same random numbers for both sides: some draw hashes when they run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @contextmanager
@@ -243,9 +254,15 @@ def _tensors(output: Mapping[str, Any]) -> Outputs:
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
-def _real(name: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def _recalled(config: Any) -> tuple[str, ...]:
+    """Where keys and values are made of an encoder's states, places as they are there."""
+    readers = [name for name, module in construct(config).named_modules() if getattr(module, "reads_memory", False)]
+    return tuple(f"{name}.{made}" for name in readers for made in ("k", "v"))
+
+
+def _real(name: str, inputs: Mapping[str, Tensor], recalled: tuple[str, ...]) -> Tensor | None:
     """The mask (B, T) of the side that a module or an output belongs to; in a decoder's target nothing is padding."""
-    written = "decoder_input_ids" in inputs and not name.startswith("encoder")
+    written = "decoder_input_ids" in inputs and not name.startswith(("encoder", *recalled))
     return None if written else inputs.get("attention_mask")
 
 
@@ -256,7 +273,11 @@ def _worst(one: Tensor, other: Tensor, real: Tensor | None) -> float:
     """
     if one.numel() != other.numel():
         return float("inf")
+    if one.dim() == 3 and other.shape == one.mT.shape != one.shape:
+        # A convolution there has the channels in front of the places.
+        other = other.mT
     off = (one - other.reshape(one.shape)).abs().nan_to_num(float("inf"))
-    if real is not None and one.shape[:2] == real.shape and one.dim() > 2:
-        off = off[real.bool()]
+    if real is not None and one.dim() > 2 and real.numel() in (one.shape[:2].numel(), one.shape[:-1].numel()):
+        # Some cut a text into chunks, row after row.
+        off = off.reshape(*real.shape, -1)[real.bool()]
     return float(off.max())

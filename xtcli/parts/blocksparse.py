@@ -152,8 +152,8 @@ class BlockSparse(Attention):
             key, lambda: BlockLayout(config.block, config.random, self.groups, config.drawn == "always")
         )
         self.number = scope.shared.layouts[self.layout].join(scope.layer)
-        # What a picture shows is this config read as the rule of a mask.
-        self.rule = config
+        # What a picture shows is this part of the config, read as the rule of a mask.
+        self.rule = type(config)(heads=config.heads, block=config.block, random=config.random, drawn=config.drawn)
         number = f"{config.random} random block{'s' * (config.random != 1)} of each row"
         usual = "" if config.drawn == "always" else " in training, all block 0 where the model is used"
         self.sees = f"{number} {'are' if config.random != 1 else 'is'} seen as well{usual}" if config.random else ""

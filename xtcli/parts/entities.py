@@ -50,7 +50,7 @@ class EntityConfig(Config):
     width: int | None = field(
         "width of its rows, projected to dim without a bias where it differs; null = dim", None, gt=0, tiny=32
     )
-    places: int | None = field("rows of the table of a mention's places; null = model.context", None, gt=0, tiny=128)
+    places: int | None = field("rows of the table of a mention's places; null = model.context", None, gt=0, tiny=130)
     segments: int = field("rows of the segment table of entities", 2, gt=0)
     norm: NormSlot = field("norm of the sum", norms.INHERIT)
     dropout: float | None = field("dropout of the sum; null = model.dropout", None, ge=0, lt=1)

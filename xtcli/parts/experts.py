@@ -129,7 +129,7 @@ class Experts(nn.Module):
     class Config(registry.Config):
         """A feed-forward for each expert."""
 
-        hidden: int = field("inner width of an expert", gt=0, tiny=128, example=48)
+        hidden: int = field("inner width of an expert", gt=0, tiny=256, example=48)
         act: Activation = field("activation", "gelu")
         bias: bool = field("adds biases to all its linear layers", False)
         dropout: float = field("dropout on the inner activations", 0.0, ge=0, lt=1)
