@@ -100,8 +100,17 @@ def feeds(name: str, model: Any) -> dict[str, dict[str, Tensor]]:
     found["embeds"] = {"inputs_embeds": noise(2, 9, 24)}
     if name in ("FalconModel", "FalconForCausalLM"):
         found["places"] = {"input_ids": ids(2, 9), "position_ids": torch.stack((torch.arange(9), torch.arange(9) + 5))}
+    if name == "FalconForCausalLM":
+        found |= {f"kept {n}": {"input_ids": ids(2, 9), "logits_to_keep": n} for n in (1, torch.tensor([0, 3, 8]))}
     found["loss"] = {"input_ids": ids(4, 9)} | labels(Case(name), model)
     return found
+
+
+def test_logits_are_left_out_only_where_nothing_needs_them() -> None:
+    ours = converted(reference("FalconForTokenClassification", {}), "falcon")
+    with pytest.raises(ValueError, match="logits_to_keep: only a language model"):
+        ours(input_ids=ids(2, 9), logits_to_keep=1)
+    assert ours(input_ids=ids(2, 9), logits_to_keep=0).logits.shape == (2, 9, 2)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)

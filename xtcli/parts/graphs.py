@@ -19,7 +19,7 @@ from xtcli import registry
 from xtcli.parts.auxiliary import Auxiliaries, Side, make_auxiliaries
 from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
-from xtcli.parts.heads import Head, Hidden, collect
+from xtcli.parts.heads import SPEAKING, Head, Hidden, collect
 from xtcli.parts.init import Initialiser, NormalInit
 from xtcli.parts.norms import LayerNorm, NormSlot
 from xtcli.parts.outputs import Output, Term
@@ -339,6 +339,7 @@ class OneStack(Graph, Tower):
         output_router_logits: bool | None = None,
         mems: Sequence[Tensor] | Tensor | None = None,
         use_mems: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **extras: Tensor | None,
     ) -> Output:
         """Inputs (B, T) -> loss, the heads' outputs, last_hidden_state (B, T, D), pooler_output (B, D).
@@ -349,7 +350,7 @@ class OneStack(Graph, Tower):
         causal model. state: from `new_state`; then attention_mask covers past and new tokens.
         Without encoder_hidden_states, cross-attention is passed over and the decoder runs alone.
         output_router_logits: whether scores and losses of routers are returned, and the losses added to `loss`; None:
-        as `auxiliary` says.
+        as `auxiliary` says. logits_to_keep: language models score only so many of the last places, or those numbered.
         extras: inputs that only some architectures read (`self.accepts`); labels of heads by their own names.
         """
         labels_by_name, inputs = self.parted(extras)
@@ -378,7 +379,10 @@ class OneStack(Graph, Tower):
             "end_positions": end_positions,
             **labels_by_name,
         }
-        out = self.answer(hidden, labelled, output_router_logits)
+        spoken = hidden.few(logits_to_keep)
+        if spoken is not hidden and (not set(self.heads) <= set(SPEAKING) or labels is not None):
+            raise ValueError("logits_to_keep: only a language model without labels can leave places out; leave it out")
+        out = self.answer(spoken, labelled, output_router_logits)
         out["last_hidden_state"] = hidden.grouped(hidden.states)
         if hidden.pooled is not None:
             out["pooler_output"] = hidden.pooled
