@@ -68,7 +68,7 @@ CASES = [
     Case("BigBirdForCausalLM"),
     Case("BigBirdForQuestionAnswering", {"sep_token_id": 60, "num_random_blocks": 3}, pooling=True),
     Case("LongT5Model"),
-    Case("LongT5Model", SIDES),
+    Case("LongT5Model", SIDES | {"is_decoder": True, "add_cross_attention": True}),
     *(Case("LongT5ForConditionalGeneration", kind) for kind in ({}, SIDES)),
     *(Case("LongT5ForConditionalGeneration", kind | GATED) for kind in ({}, SIDES)),
     Case(
@@ -124,6 +124,7 @@ REFUSED = {
     "sparse decoder": ("BigBirdForCausalLM", FULL | DECODES, {"attention_type": "block_sparse"}, "attention_type"),
     "crossed": ("BigBirdForCausalLM", FULL | DECODES, {"add_cross_attention": True}, "add_cross_attention"),
     "no kind": ("LongT5Model", {}, {"encoder_attention_type": "global"}, "encoder_attention_type"),
+    "causal side": ("LongT5EncoderModel", {}, {"is_decoder": True}, "is_decoder"),
     "no room": ("RobertaModel", {}, {"max_position_embeddings": 2}, "max_position_embeddings"),
 }
 

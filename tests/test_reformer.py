@@ -72,7 +72,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ReformerForMaskedLM", LSH | {"lsh_num_chunks_before": 0, "lsh_num_chunks_after": 2}),
     ("ReformerForMaskedLM", LOCAL | {"local_num_chunks_after": 1}),
     ("ReformerForMaskedLM", LOCAL | {"local_num_chunks_before": 2, "local_num_chunks_after": 3}),
-    ("ReformerModel", {}),
+    ("ReformerModel", {"tie_word_embeddings": True}),
     ("ReformerModel", {"is_decoder": True, "local_num_chunks_after": 1, "lsh_num_chunks_after": 1}),
     ("ReformerForSequenceClassification", {"num_labels": 3, "classifier_dropout": 0.3}),
     ("ReformerForSequenceClassification", {"num_labels": 1, "is_decoder": True}),

@@ -38,7 +38,7 @@ NARROW = {"d_embed": 16}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     (MODEL, {}),
-    (MODEL, {"pre_lnorm": True}),
+    (MODEL, {"pre_lnorm": True, "sample_softmax": 3}),
     (LM, {}),
     (LM, {"same_length": False}),
     (LM, {"same_length": False, "mem_len": 0}),

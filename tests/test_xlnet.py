@@ -64,6 +64,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (LM, {"ff_activation": "silu"}),
     (SEQUENCE, {"num_labels": 3}),
     (SEQUENCE, {"num_labels": 1, "summary_type": "first"}),
+    (SEQUENCE, {"num_labels": 32, "summary_proj_to_labels": True}),
     (SEQUENCE, {"summary_type": "mean", "summary_activation": "relu"}),
     (SEQUENCE, {"summary_type": "cls_index", "summary_activation": None}),
     (SEQUENCE, {"summary_use_proj": False, "summary_first_dropout": 0.2, "summary_last_dropout": 0.3}),

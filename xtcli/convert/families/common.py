@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtcli.convert.options import Code, Custom, Key, Options, table
+from xtcli.convert.options import OMIT, Code, Custom, Key, Options, table
 from xtcli.registry import Config
 
 _ACTIVATIONS = {
@@ -103,6 +103,18 @@ START = Key("decoder_start_token_id", int, None)
 def given(options: Options, name: str, kind: type, default: Any) -> Any:
     """The value of a key that may be null, which is not the same as leaving it out."""
     return options.get(name, kind, None) if name in options.values else default
+
+
+def only(name: str, value: Any, cause: str) -> Custom:
+    """A key that some classes read though others do not: in theirs it must be `value`, and nothing stands for it."""
+
+    def load(options: Options) -> Any:
+        stated = options.get(name, type(value), value)
+        if stated != value:
+            options.refuse(name, f"is {stated!r}: {cause}", f"only {value!r} converts")
+        return OMIT
+
+    return Custom(load, lambda value, found: None)
 
 
 def token(name: str, usual: int) -> Custom:

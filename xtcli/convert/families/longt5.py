@@ -70,16 +70,15 @@ LONGT5 = Family(
     forms=(
         Form("LongT5ForConditionalGeneration", "", {"lm": t5.LM}, BOTH, t5.legacy("")),
         Form("LongT5Model", "", {}, BOTH, t5.legacy("")),
-        Form("LongT5EncoderModel", "", {}, {"kind": "encoder", **ENCODER_SIDE}),
+        Form("LongT5EncoderModel", "", {}, {"kind": "encoder", "alone": t5.ENCODER["alone"], **ENCODER_SIDE}),
     ),
     trunk=trunk,
     heads=(one("lm_head.weight", "heads.lm.decoder.weight"),),
     ties=t5.ties,
-    fixed={"add_cross_attention": (False,), "is_decoder": (False,)},
     neutral=frozenset(
         """
         is_encoder_decoder num_decoder_layers tie_word_embeddings relative_attention_max_distance dense_act_fn
-        is_gated_act n_positions global_block_size
+        is_gated_act n_positions global_block_size is_decoder add_cross_attention
         """.split()
     ),
     mixed=("wo.weight",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtcli.convert.families.common import LABELS, PAD, PROBLEM, TWO_OUTPUTS, activation
+from xtcli.convert.families.common import LABELS, PAD, PROBLEM, TWO_OUTPUTS, activation, only
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Code, Custom, Key, Options, Switch, Unexpressed, dump, load
 from xtcli.convert.rules import Rule, Unit, layer, one
@@ -183,7 +183,8 @@ def _classifier_dropout(options: Options) -> float:
 
 
 PAD_ZERO = Key(PAD.name, int, 0, code=PAD.code)
-LM = {"tied": False, "bias": True}
+UNTIED = only("tie_word_embeddings", False, "its tokens are narrower than what its head reads, and it does not run")
+LM = {"tied": False, "bias": True, "untied": UNTIED}
 SEQUENCE = {
     "labels": LABELS,
     "pick": "first",
@@ -256,13 +257,13 @@ REFORMER = Family(
     ),
     ties=_ties,
     prefixes=("reformer.", ""),
-    fixed={"is_encoder_decoder": (False,), "tie_word_embeddings": (False,), "add_cross_attention": (False,)},
+    fixed={"is_encoder_decoder": (False,), "add_cross_attention": (False,)},
     neutral=frozenset(
         """
         axial_norm_std axial_pos_embds_dim axial_pos_shape chunk_size_lm_head classifier_dropout hash_seed
         local_attention_probs_dropout_prob local_attn_chunk_length local_num_chunks_after local_num_chunks_before
         lsh_attention_probs_dropout_prob lsh_attn_chunk_length lsh_num_chunks_after lsh_num_chunks_before
-        num_buckets num_hashes
+        num_buckets num_hashes tie_word_embeddings
         """.split()
     ),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtcli.convert.families.common import LABELS, PAD, PROBLEM
 from xtcli.convert.family import Family, Form, Shapes
-from xtcli.convert.options import Code, Custom, Key, Options, table
+from xtcli.convert.options import OMIT, Code, Custom, Key, Options, table
 from xtcli.convert.rules import Copies, Rule, Split, layer, one
 from xtcli.registry import Config
 
@@ -49,6 +49,13 @@ def _own(options: Options) -> Any:
 
 def _write_own(value: Any, found: dict[str, Any]) -> None:
     found["tie_projs"] = [band not in value for band in range(len(found["cutoffs"]) + 1)]
+
+
+def _unsampled(options: Options) -> Any:
+    count = options.get("sample_softmax", int, -1)
+    if count > 0:
+        options.refuse("sample_softmax", f"is {count}: no such softmax is made any more", "only -1 converts")
+    return OMIT
 
 
 def _template(form: Form) -> dict[str, Any]:
@@ -100,7 +107,12 @@ def _template(form: Form) -> dict[str, Any]:
     }
 
 
-ADAPTIVE = {"tied": Key("tie_word_embeddings", bool, True), "own_projections": Custom(_own, _write_own)}
+SAMPLED = Custom(_unsampled, lambda value, found: None)
+ADAPTIVE = {
+    "sampled": SAMPLED,
+    "tied": Key("tie_word_embeddings", bool, True),
+    "own_projections": Custom(_own, _write_own),
+}
 SEQUENCE = {"labels": LABELS, "pick": "before-pad", "bias": False, "dropout": 0.0, "problem": PROBLEM}
 
 FORMS = (
@@ -195,11 +207,11 @@ TRANSFO_XL = Family(
     time_first=True,
     runnable=_runnable,
     prefixes=("transformer.", ""),
-    fixed={"attn_type": (0,), "sample_softmax": (-1, 0), "is_encoder_decoder": (False,), "is_decoder": (False,)},
+    fixed={"attn_type": (0,), "is_encoder_decoder": (False,), "is_decoder": (False,)},
     neutral=frozenset(
         """
         adaptive init init_range proj_init_std proj_share_all_but_first tie_projs trainer_compatible tie_weight
-        tie_word_embeddings ext_len tgt_len add_cross_attention
+        tie_word_embeddings ext_len tgt_len add_cross_attention sample_softmax
         """.split()
     ),
 )

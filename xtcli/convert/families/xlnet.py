@@ -7,7 +7,7 @@ from typing import Any
 
 from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, pad
 from xtcli.convert.family import Family, Form
-from xtcli.convert.options import Code, Custom, Key, Options, Switch, table
+from xtcli.convert.options import OMIT, Code, Custom, Key, Options, Switch, table
 from xtcli.convert.rules import TRANSPOSE, Chain, Heads, Rule, Unit, layer, one
 from xtcli.errors import did_you_mean
 
@@ -136,6 +136,20 @@ def _write_act(value: Any, found: dict[str, Any]) -> None:
 
 
 ACT = Custom(_act, _write_act)
+
+
+def _narrow(options: Options) -> Any:
+    """The reference reads a summary that is as wide as there are labels as if it were as wide as the model."""
+    if not options.get("summary_proj_to_labels", bool, False) or not options.get("summary_use_proj", bool, True):
+        return OMIT
+    count, width = LABELS.load(options), DIM.load(options)
+    if count not in (0, width):
+        cause = f"is true, and summaries of {count} labels do not fit what reads {width} numbers: it does not run"
+        options.refuse("summary_proj_to_labels", cause, "only false converts")
+    return OMIT
+
+
+NARROW = Custom(_narrow, lambda value, found: None)
 TRANSFORM = Switch(
     Key("summary_use_proj", bool, True),
     {True: {"kind": "dense", "act": ACT, "norm": {"kind": "none"}}, False: {"kind": "activation", "act": ACT}},
@@ -154,6 +168,7 @@ FORMS = (
         {
             "sequence": {
                 "labels": LABELS,
+                "narrow": NARROW,
                 "pick": _pick(ROW),
                 "first_dropout": FIRST,
                 "transform": TRANSFORM,
@@ -165,7 +180,15 @@ FORMS = (
     Form(
         "XLNetForMultipleChoice",
         "transformer.",
-        {"choice": {"pick": _pick(CHOICE), "first_dropout": FIRST, "transform": TRANSFORM, "dropout": LAST}},
+        {
+            "choice": {
+                "narrow": NARROW,
+                "pick": _pick(CHOICE),
+                "first_dropout": FIRST,
+                "transform": TRANSFORM,
+                "dropout": LAST,
+            }
+        },
     ),
     Form("XLNetForTokenClassification", "transformer.", {"token": {"labels": LABELS, "dropout": 0.0}}),
     Form("XLNetForQuestionAnsweringSimple", "transformer.", {"span": TWO_OUTPUTS}),
@@ -237,12 +260,11 @@ XLNET = Family(
         "is_encoder_decoder": (False,),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
-        "summary_proj_to_labels": (False,),
     },
     neutral=frozenset(
         """
         untie_r same_length tie_word_embeddings summary_type summary_use_proj summary_activation summary_last_dropout
-        summary_first_dropout start_n_top end_n_top
+        summary_first_dropout summary_proj_to_labels start_n_top end_n_top
         """.split()
     ),
     objectives={"encoder": "permutation"},
