@@ -72,6 +72,7 @@ BLOOM: list[tuple[str, dict[str, Any]]] = [
     ("ForCausalLM", {"n_head": 6, "tie_word_embeddings": False, "hidden_dropout": 0.2, "attention_dropout": 0.1}),
     ("ForCausalLM", {"n_head": 1, "n_layer": 3, "pretraining_tp": 2}),
     ("ForSequenceClassification", {"num_labels": 1}),
+    ("ForCausalLM", {"slow_but_exact": True, "pretraining_tp": 3}),
 ]
 CASES = [("Falcon" + name, options) for name, options in FALCON] + [("Bloom" + name, o) for name, o in BLOOM]
 
@@ -137,7 +138,7 @@ FILES = [
     *(("Falcon" + name, options) for name, options in FALCON[:12]),
     ("FalconForCausalLM", ALIBI | MHA | SEQUENTIAL),
     ("FalconForCausalLM", ALIBI | NEW | {"tie_word_embeddings": False}),
-    *(("Bloom" + name, options) for name, options in BLOOM[:7]),
+    *(("Bloom" + name, options) for name, options in (*BLOOM[:7], BLOOM[-1])),
 ]
 
 
@@ -192,7 +193,6 @@ def test_old_falcon_files_hold_rotary_frequencies(tmp_path: Path) -> None:
         ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
         ("FalconForCausalLM", MHA | {"num_kv_heads": 2}, "num_kv_heads"),
         ("FalconForCausalLM", {"activation": "nonsense"}, "activation"),
-        ("BloomForCausalLM", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact"),
         ("BloomForCausalLM", {"ffn_hidden_size": 40}, "ffn_hidden_size"),
     ],
 )

@@ -70,7 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MixtralForTokenClassification", {"num_labels": 3}),
     ("MixtralForQuestionAnswering", {}),
     (SWITCH, {}),
-    (SWITCH, {"expert_capacity": 64, "dense_act_fn": "gelu_new"}),
+    (SWITCH, {"expert_capacity": 64, "dense_act_fn": "gelu_new", "is_decoder": True, "add_cross_attention": True}),
     (GENERATION, {}),
     (GENERATION, {"expert_capacity": 1, "router_bias": True, "router_z_loss_coef": 0.3, "router_aux_loss_coef": 0.2}),
     (GENERATION, {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 1}),
@@ -214,6 +214,7 @@ def test_a_window_keeps_what_it_looks_back_to(window: int, chunks: tuple[int, ..
         (CAUSAL, {"num_experts_per_tok": 9}, "num_experts_per_tok"),
         (GENERATION, {"router_dtype": "float64"}, "model.encoder.stack.blocks.sparse.sublayers.ffn.router.dtype"),
         (GENERATION, {"tie_encoder_decoder": True}, "tie_encoder_decoder"),
+        (ENCODER, {"is_decoder": True}, "is_decoder"),
     ],
 )
 def test_what_is_not_expressed_is_refused_by_name(name: str, options: dict[str, Any], key: str) -> None:

@@ -32,6 +32,7 @@ class FeedForward(nn.Module):
         hidden: int = field("inner width", gt=0, tiny=256, example=96)
         act: Activation = field("activation", "gelu")
         bias: bool = field("adds biases to all its linear layers", True)
+        out_bias: bool | None = field("adds a bias to the last linear layer; null = bias", None)
         dropout: float = field("dropout on the inner activations", 0.0, ge=0, lt=1)
         channels: bool = field("dropout drops whole channels of a row", False)
         chunk: int | None = field("positions computed at a time; null = all", None, gt=0)
@@ -42,7 +43,9 @@ class FeedForward(nn.Module):
             raise Impossible("chunk", f"'{config.kind}' reads all positions at once", "leave it out")
         self.chunk = config.chunk
         self.up = Linear(scope.dim, config.hidden, config.bias)
-        self.down = Linear(config.hidden, scope.dim, config.bias, "output")
+        self.down = Linear(
+            config.hidden, scope.dim, config.bias if config.out_bias is None else config.out_bias, "output"
+        )
         self.act = ACTIVATIONS[config.act]
         self.dropout = make_dropout(config.dropout, config.channels)
 

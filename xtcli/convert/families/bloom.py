@@ -1,6 +1,7 @@
 """BLOOM: query, key and value fused head by head, ALiBi, a norm behind the token table.
 
-Two surprises: positions given by hand are ignored, places count the real tokens; and released files have neither a
+Three surprises: `slow_but_exact` with `pretraining_tp` above 1 leaves the biases of each block's outputs out; positions
+given by hand are ignored, places count the real tokens; and released files have neither a
 prefix nor the keys of their config in one place (`n_embed` and `num_attention_heads` beside `n_layer`).
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtcli.convert.families.common import LABEL_DROPOUT, LABELS, PAD, PROBLEM
-from xtcli.convert.family import Family, Form
+from xtcli.convert.family import Family, Form, Shapes
 from xtcli.convert.options import Custom, Key, Options, Switch, Unexpressed
 from xtcli.convert.rules import Interleave, Rule, layer, one
 
@@ -22,14 +23,20 @@ CONTEXT = Custom(
 HIDDEN_DROPOUT = Key("hidden_dropout", float, 0.0)
 
 
+def _out_bias(options: Options) -> bool:
+    exact, parallel = options.get("slow_but_exact", bool, False), options.get("pretraining_tp", int, 1)
+    return not (exact and parallel > 1)
+
+
+def _write_out_bias(value: Any, found: dict[str, Any]) -> None:
+    if value is False:
+        found |= {"slow_but_exact": True, "pretraining_tp": 2}
+
+
+OUT_BIAS = Custom(_out_bias, _write_out_bias)
+
+
 def _hidden(options: Options) -> int:
-    exact = options.get("slow_but_exact", bool, False)
-    if exact and options.get("pretraining_tp", int, 1) > 1:
-        options.refuse(
-            "slow_but_exact",
-            "makes the reference leave out the biases of each block's outputs",
-            "set it to false: the weights mean the same",
-        )
     return int(4 * DIM.load(options))
 
 
@@ -67,9 +74,15 @@ def _template(form: Form) -> dict[str, Any]:
                     "attn": {
                         "kind": "attention",
                         "heads": Key("n_head", int, 8, ("num_attention_heads",)),
+                        "out_bias": OUT_BIAS,
                         "dropout": Key("attention_dropout", float, 0.0),
                     },
-                    "ffn": {"kind": "mlp", "hidden": Custom(_hidden, _write_hidden), "act": "gelu_fast"},
+                    "ffn": {
+                        "kind": "mlp",
+                        "hidden": Custom(_hidden, _write_hidden),
+                        "act": "gelu_fast",
+                        "out_bias": OUT_BIAS,
+                    },
                 },
             },
         },
@@ -122,6 +135,14 @@ def ties(config: Any, prefix: str) -> Mapping[str, str]:
     return {"lm_head.weight": f"{prefix}word_embeddings.weight"} if lm is not None and lm.tied else {}
 
 
+def _dead(config: Any) -> Shapes:
+    """The biases of each block's outputs, where the reference passes them over."""
+    if config.stack.block.sublayers["ffn"].out_bias is not False:
+        return {}
+    names = ("self_attention.dense.bias", "mlp.dense_4h_to_h.bias")
+    return {f"h.{layer}.{name}": (config.dim,) for layer in range(config.stack.layers) for name in names}
+
+
 HEADS = (
     one("lm_head.weight", "heads.lm.decoder.weight"),
     one("score.weight", "heads.sequence.classifier.weight"),
@@ -138,6 +159,7 @@ BLOOM = Family(
     trunk=_trunk,
     heads=HEADS,
     ties=ties,
+    dead=_dead,
     prefixes=("transformer.", ""),
     fixed={"is_encoder_decoder": (False,)},
     neutral=frozenset(

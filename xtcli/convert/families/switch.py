@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from xtcli.convert.families.common import PAD, START, activation
-from xtcli.convert.families.t5 import DROPOUT, LM, ties, tower
+from xtcli.convert.families.t5 import ALONE, DROPOUT, LM, ties, tower
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Custom, Key, Options, Unexpressed, dump, load
 from xtcli.convert.rules import Rule, Stack, layer, one
@@ -154,7 +154,7 @@ def _tokens(side: str) -> dict[str, Any]:
 
 
 BOTH = {"kind": "encoder-decoder", "start": START, "encoder": _tokens("encoder"), "decoder": _tokens("decoder")}
-ENCODER = {"kind": "encoder", **_tokens("encoder")}
+ENCODER = {"kind": "encoder", "alone": ALONE, **_tokens("encoder")}
 
 
 def _pad(options: Options) -> int | None:
@@ -220,10 +220,9 @@ SWITCH = Family(
     trunk=_trunk,
     heads=(one("lm_head.weight", "heads.lm.decoder.weight"),),
     ties=ties,
-    fixed={"add_cross_attention": (False,), "is_decoder": (False,)},
     neutral=frozenset(
         """
-        is_encoder_decoder tie_word_embeddings add_router_probs router_ignore_padding_tokens router_type
+        is_decoder add_cross_attention is_encoder_decoder tie_word_embeddings add_router_probs router_ignore_padding_tokens router_type
         output_router_logits feed_forward_proj is_gated_act num_sparse_encoder_layers num_sparse_decoder_layers
         num_decoder_layers encoder_sparse_step decoder_sparse_step router_z_loss_coef router_aux_loss_coef
         """.split()

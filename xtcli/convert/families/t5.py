@@ -139,7 +139,8 @@ def _alone(options: Options) -> Any:
     return OMIT
 
 
-ENCODER = {"kind": "encoder", "alone": Custom(_alone, lambda value, found: None), **side(LAYERS, cross=False)}
+ALONE = Custom(_alone, lambda value, found: None)
+ENCODER = {"kind": "encoder", "alone": ALONE, **side(LAYERS, cross=False)}
 
 
 def legacy(prefix: str) -> Any:
