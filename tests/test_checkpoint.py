@@ -149,6 +149,10 @@ def test_nothing_whole_is_one_error_with_every_cause(tmp_path: Path) -> None:
     [
         (lambda path: None, "x: no such run or checkpoint"),
         (lambda path: path.mkdir(), "x: is neither a run nor a checkpoint; give a folder that xt train or build made"),
+        (
+            lambda path: (path.mkdir(), (path / "config.json").write_text("{}")),
+            "x: is neither a run nor a checkpoint; a checkpoint of transformers is converted first: xt convert auto",
+        ),
         (lambda path: path.write_text("?"), "x: is neither a run nor a checkpoint"),
         (lambda path: (path / "checkpoints").mkdir(parents=True), "x: the run has no checkpoint yet; start it anew"),
     ],

@@ -57,7 +57,15 @@ def command(
     if dry_run:
         print("nothing was written", file=sys.stderr)
     elif report.to == "xt":
-        print(f"next: xt generate --ckpt {dst}", file=sys.stderr)
+        print(f"next: {_next(str(dst), bool(report.heads), bool(report.missing))}", file=sys.stderr)
     else:
         for name, architecture in (report.members or {"": report.architecture}).items():
             print(f"next: transformers.{architecture}.from_pretrained({str(Path(dst) / name)!r})", file=sys.stderr)
+
+
+def _next(folder: str, answers: bool, unread: bool) -> str:
+    """What can be done with a converted model: without heads it gives states, without a tokenizer it reads no text."""
+    if not answers:
+        task = "'model.heads={sequence: {}}' objective=classify data=FILE"
+        return f"xtcli.load({folder!r}) gives its states; or xt train {folder} --init {folder} {task}"
+    return f"xt generate --ckpt {folder}" + (" --tokenizer FOLDER" if unread else "")

@@ -138,6 +138,7 @@ def no_weights(folder: Path) -> Exception:
 def describe(job: Import, target: str) -> Report:
     """The report as far as it is known before anything is written."""
     claims = job.claims
+    config: Any = job.plan.config
     for name in claims.source:
         if name not in claims.dropped and name not in claims.tied:
             job.cast.count(job.source.entries[claims.source[name]].dtype)
@@ -155,6 +156,7 @@ def describe(job: Import, target: str) -> Report:
         kept=sorted(claims.kept),
         renamed=sorted(claims.renamed),
         retyped=job.cast.changed,
+        heads=list(config.heads),
         tokenizer=job.vocabulary.made,
         missing=job.vocabulary.missing,
     )

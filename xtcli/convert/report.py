@@ -16,12 +16,12 @@ VERSION = 1
 class Report:
     """The facts of one conversion.
 
-    tensors, bytes: of the source's file. ties: names that stand for another tensor. drops: buffers left out
-    since every build computes them. kept: tensors that nothing reads, given back on the way out. renamed:
-    names of older files. retyped: tensors whose type changed, by `before -> after`. rounding: the largest error
-    that made, with its tensor. tokenizer: what tokenizer.json was made of, where the source has none; missing: why none
-    could be made. bit_exact: every tensor was read back and gave the source's bytes again. members: the
-    folders below the target with their classes, where the source holds several models.
+    tensors, bytes: of the source's file. ties: names that stand for another tensor. drops: buffers left out since
+    every build computes them. kept: tensors that nothing reads, given back on the way out. renamed: names of older
+    files. retyped: tensors whose type changed, by `before -> after`. rounding: the largest error that made, with its
+    tensor. heads: what answers in our model. tokenizer: what tokenizer.json was made of, where the source has none;
+    missing: why none could be made. bit_exact: every tensor was read back and gave the source's bytes again. members:
+    the folders below the target with their classes, where the source holds several models.
     """
 
     family: str
@@ -38,6 +38,7 @@ class Report:
     renamed: list[str] = field(default_factory=list)
     invented: list[str] = field(default_factory=list)
     companions: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     tokenizer: str = ""
     missing: str = ""
     retyped: dict[str, int] = field(default_factory=dict)

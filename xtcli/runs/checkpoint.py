@@ -122,6 +122,8 @@ def locate(path: Path, *, trainer: bool = False) -> Path:
         return newest(path, trainer=trainer)
     folder = path.parent if path.is_file() else path
     hint = f"did you mean {folder}?" if (folder / MANIFEST).exists() else "give a folder that xt train or build made"
+    if (folder / "config.json").exists() and not (folder / MANIFEST).exists():
+        hint = f"a checkpoint of transformers is converted first: xt convert auto {folder} DST"
     raise refuse("is neither a run nor a checkpoint", hint, place=str(path))
 
 
