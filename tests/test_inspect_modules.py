@@ -82,7 +82,7 @@ def test_shares_as_printed() -> None:
 
 FOLDS = [
     ({}, ["blocks 0-3"]),
-    ({"block": None, "pattern": ["a", "b"], "blocks": {"a": ("causal", 8), "b": ("full", 8)}}, ["blocks 0, 2", "blocks 1, 3"]),
+    ({"block": None, "pattern": ["a", "b"], "blocks": {"a": ("causal", 8), "b": ({"kind": "window", "left": 2}, 8)}}, ["blocks 0, 2", "blocks 1, 3"]),
     ({"block": None, "pattern": ["a", "a", "a", "b"], "blocks": {"a": ("causal", 8), "b": ("causal", 9)}}, ["blocks 0-2", "blocks 3"]),
 ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_layers_fold_only_where_they_are_equal(stack: dict[str, Any], names: lis
     assert [node.name for node in found] == names
 
 
-def _block(mask: str, hidden: int) -> dict[str, Any]:
+def _block(mask: Any, hidden: int) -> dict[str, Any]:
     return {
         "sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}, "ffn": {"kind": "mlp", "hidden": hidden}}
     }

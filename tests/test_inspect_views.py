@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtcli.config.preset import load_preset
 from xtcli.errors import UserError
-from xtcli.inspect import figure, picture, sight
+from xtcli.inspect import figure, grids, picture, sight
 from xtcli.model import construct, skeleton
 from xtcli.parts.positions import alibi_slopes
 from xtcli.registry import Config, Slot, find
@@ -34,8 +34,8 @@ RULES: list[tuple[Any, Any]] = [
 def test_a_grid_is_the_share_seen_of_each_cell(
     rule: Any, allowed: Any, length: int, cells: int, band: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sight, "BAND", band)
-    grid, seen = sight.mask_grid(Slot("mask").validate(rule), length, cells)
+    monkeypatch.setattr(grids, "BAND", band)
+    grid, seen = grids.mask_grid(Slot("mask").validate(rule), length, cells)
     every = [[bool(allowed(q, k)) for k in range(length)] for q in range(length)]
     for row in range(cells):
         for column in range(cells):

@@ -192,3 +192,9 @@ def _labelled(path: Path, tally: Tally) -> list[Row]:
 def _digest(file: str) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def embed_of(model: Any) -> Any:
+    """The embedding of the images that a model reads, None where it reads none."""
+    embed = model.encoder.embed if hasattr(model, "encoder") else getattr(model, "embed", None)
+    return embed if "pixel_values" in getattr(embed, "reads", ()) else None

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from xtcli.config.preset import Preset
-from xtcli.data.images import ImageConfig, Reader
+from xtcli.data.images import ImageConfig, Reader, embed_of
 from xtcli.data.tokenizers import Tokenizer
 from xtcli.errors import refuse
 from xtcli.generate.decode import Piece
 from xtcli.generate.engine import ROWS, generate, undisturbed
 from xtcli.generate.label import Said, check, ordered
 from xtcli.generate.options import Answer, Options
-from xtcli.objectives.images import embed_of
 from xtcli.parts.graphs import Graph
 
 

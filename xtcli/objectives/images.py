@@ -20,7 +20,7 @@ from pydantic import Strict
 
 from xtcli import registry
 from xtcli.data.batch import IGNORE, Batch
-from xtcli.data.images import FILE, Array, ImageConfig, Reader, read_images
+from xtcli.data.images import FILE, Array, ImageConfig, Reader, embed_of, read_images
 from xtcli.data.readers import Row
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.objectives.base import Objective, Sample, generator
@@ -37,12 +37,6 @@ SHOWN = 8
 """Labels that are named in one line."""
 GUESSES = 3
 """Images that a sample of a run says something of."""
-
-
-def embed_of(model: Any) -> Any:
-    """The embedding of the images that a model reads, None where it reads none."""
-    embed = model.encoder.embed if hasattr(model, "encoder") else getattr(model, "embed", None)
-    return embed if "pixel_values" in getattr(embed, "reads", ()) else None
 
 
 class Images(Objective):
