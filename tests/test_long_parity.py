@@ -68,7 +68,7 @@ CASES = [
     Case("BigBirdForCausalLM"),
     Case("BigBirdForQuestionAnswering", {"sep_token_id": 60, "num_random_blocks": 3}, pooling=True),
     Case("LongT5Model"),
-    Case("LongT5Model", SIDES | {"is_decoder": True, "add_cross_attention": True}),
+    Case("LongT5Model", SIDES | {"is_decoder": True}),
     *(Case("LongT5ForConditionalGeneration", kind) for kind in ({}, SIDES)),
     *(Case("LongT5ForConditionalGeneration", kind | GATED) for kind in ({}, SIDES)),
     Case(
