@@ -6,7 +6,7 @@ the device for each token. No text ends before `new` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from xtcli.bench import results
+from xtcli.bench.asked import Asked, labels
 from xtcli.bench.reference import Unmatched, reference
 from xtcli.bench.timing import Times, clocked, measure, peak_bytes, release
-from xtcli.bench.training import labels
-from xtcli.config.preset import Resolved, load_preset
+from xtcli.config.preset import Resolved
 from xtcli.errors import refuse
 from xtcli.generate.decode import choose
 from xtcli.generate.engine import limit_of, task_of, undisturbed
 from xtcli.generate.sampling import Sampling
 from xtcli.generate.streams import feed_for
-from xtcli.inspect.targets import Target
 from xtcli.model import Model, build, count, skeleton
 from xtcli.parts.seq2seq import EncoderDecoder
 from xtcli.train.device import DTYPES, Place
@@ -32,15 +31,12 @@ Talk = Callable[[str], None]
 GREEDY = Sampling(temperature=0)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Asked):
     """What is asked for."""
 
-    presets: tuple[tuple[str, tuple[str, ...]], ...]
     device: str
     dtype: str
-    size: str | None = None
-    tiny: bool = False
     batch: int = 1
     prompt: int = 128
     new: int = 128
@@ -48,21 +44,10 @@ class Config:
     against: str | None = None
     seed: int = 0
 
-    @classmethod
-    def of(cls, targets: Sequence[Target], **more: Any) -> Config:
-        """From the words of a command line."""
-        return cls(tuple((target.ref, tuple(target.overrides)) for target in targets), **more)
-
-    @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> Config:
-        """From a result file."""
-        presets = tuple((ref, tuple(overrides)) for ref, overrides in facts["presets"])
-        return cls(**{**facts, "presets": presets})
-
 
 def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     """Measure; the result as results.py keeps it."""
-    presets = [load_preset(ref, changes, size=config.size, tiny=config.tiny) for ref, changes in config.presets]
+    presets = config.resolve()
     for resolved in presets:
         _check(resolved, config)
     rows: list[dict[str, Any]] = []

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from xtcli.bench import results
+from xtcli.bench.asked import Asked, labels, one_place
 from xtcli.bench.stepping import Silent
 from xtcli.bench.timing import clocked, release
-from xtcli.bench.training import labels, one_place
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.data.loader import batches
 from xtcli.errors import Problem, UserError, refuse
-from xtcli.inspect.targets import Target
 from xtcli.train.job import Job, complete, make_job, with_weights
 from xtcli.train.loop import Trainer
 from xtcli.train.signals import Stopper
@@ -37,29 +36,15 @@ CHECKS = 8
 """Validations of one run, the last included."""
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Asked):
     """What is asked for; either `seconds` or `tokens` is the budget of each."""
 
-    presets: tuple[tuple[str, tuple[str, ...]], ...]
-    size: str | None = None
-    tiny: bool = False
     seconds: float | None = None
     tokens: int | None = None
     batch: int | None = None
     length: int | None = None
     seed: int = 0
-
-    @classmethod
-    def of(cls, targets: Sequence[Target], **more: Any) -> Config:
-        """From the words of a command line."""
-        return cls(tuple((target.ref, tuple(target.overrides)) for target in targets), **more)
-
-    @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> Config:
-        """From a result file."""
-        presets = tuple((ref, tuple(overrides)) for ref, overrides in facts["presets"])
-        return cls(**{**facts, "presets": presets})
 
 
 def run(config: Config, talk: Talk) -> dict[str, Any]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from xtcli.bench import results
+from xtcli.bench.asked import Asked, labels, one_place
 from xtcli.bench.reference import Trained, Unmatched, agree
 from xtcli.bench.stepping import Bench, prepare, start
 from xtcli.bench.timing import Times, clocked, matmul_rate, peak_bytes, release
-from xtcli.config.preset import Resolved, load_preset
-from xtcli.errors import Problem, UserError
-from xtcli.inspect.targets import Target
-from xtcli.train.device import Place, choose
 from xtcli.train.transforms import compiles
 
 Talk = Callable[[str], None]
@@ -22,56 +19,15 @@ WARM = 3
 """Steps before timing starts, the first apart."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is asked for: (preset, overrides) each, and what goes over all of them."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Asked):
+    """What is asked for."""
 
-    presets: tuple[tuple[str, tuple[str, ...]], ...]
-    size: str | None = None
-    tiny: bool = False
     steps: int = 20
     batch: int | None = None
     length: int | None = None
     against: str | None = None
     seed: int = 0
-
-    @classmethod
-    def of(cls, targets: Sequence[Target], **more: Any) -> Config:
-        """From the words of a command line."""
-        return cls(tuple((target.ref, tuple(target.overrides)) for target in targets), **more)
-
-    @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> Config:
-        """From a result file."""
-        presets = tuple((ref, tuple(overrides)) for ref, overrides in facts["presets"])
-        return cls(**{**facts, "presets": presets})
-
-    def resolve(self) -> list[Resolved]:
-        """The presets, loaded; raises UserError."""
-        return [load_preset(ref, overrides, size=self.size, tiny=self.tiny) for ref, overrides in self.presets]
-
-
-def labels(presets: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """What each preset is called in a result: its reference, with its overrides where that alone is said twice."""
-    refs = [ref for ref, _ in presets]
-    found = [ref if refs.count(ref) == 1 else " ".join([ref, *overrides]) for ref, overrides in presets]
-    return [name if found.count(name) == 1 else f"{name} #{at}" for at, name in enumerate(found, 1)]
-
-
-def one_place(presets: Sequence[Resolved]) -> Place:
-    """The device and precision that all the presets ask for; raises UserError where they differ."""
-    places = [choose(resolved.preset.train) for resolved in presets]
-    for resolved, place in zip(presets, places, strict=True):
-        first = places[0]
-        if (place.device, place.precision) != (first.device, first.precision):
-            raise UserError(
-                Problem(
-                    f"{resolved.name} would run on {place.name} in {place.precision}, "
-                    f"{presets[0].name} on {first.name} in {first.precision}",
-                    remedy="set train.device and train.precision alike: other results are not compared",
-                )
-            )
-    return places[0]
 
 
 def run(config: Config, talk: Talk) -> dict[str, Any]:
