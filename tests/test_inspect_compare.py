@@ -52,6 +52,7 @@ WORDS = [
         "model.stack.position: rotary -> alibi; theta 5.0 -> absent",
     ),
     (("llama-7b",), ("llama-7b",), ""),
+    (("llama-7b",), ("llama-7b", "model.stack.block.sublayers.attn.kv_heads=32"), ""),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from xtcli.commands.options import Json, Overrides, PresetRef, Size, Tiny, again, next_command
+from xtcli.config import library
 from xtcli.errors import refuse
 
 
@@ -32,6 +33,7 @@ def command(
     if out is not None and out.exists():
         raise refuse(f"'{out}' exists", "choose another folder; nothing is overwritten", place="--out")
 
+    library.find(preset)  # a wrong name is said before torch is imported
     from xtcli.config.preset import load_preset
     from xtcli.model import build, count, save_model
 

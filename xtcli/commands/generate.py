@@ -121,10 +121,15 @@ def command(
 ) -> None:
     """Continue a text, fill its masks, map it to another or label it, as the model's structure allows.
 
-    Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it. Models with heads for
-    labels print those with their probabilities, or the answer that they find in --context; their prompts may also be
-    JSON lines with the columns of the training data. Models that read images label or describe --image. Standard
-    output is the text alone; device, seed and speed go to standard error.
+    Decoders continue the prompt, encoders fill each [MASK] in it, encoder-decoders answer it.
+
+    Models with heads for labels print those with their probabilities, or the answer that they find in --context.
+
+    Their prompts may also be JSON lines with the columns of the training data.
+
+    Models that read images label or describe --image.
+
+    Standard output is the text alone; device, seed and speed go to standard error.
     """
     from xtcli.generate.options import Options
     from xtcli.generate.sampling import Sampling

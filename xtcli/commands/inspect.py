@@ -125,6 +125,7 @@ def _one(
     as_json: bool,
 ) -> None:
     """The answers about one preset."""
+    library.find(target.ref)  # a wrong name is said before torch is imported
     from xtcli.config.preset import load_preset
     from xtcli.config.show import explained, resolved_yaml
     from xtcli.inspect import summary
@@ -216,10 +217,12 @@ def _curves(found: Sequence[Target], png: Path | None, as_json: bool) -> None:
 def _compare(
     found: Sequence[Target], size: str | None, tiny: bool, batch: int, length: int | None, as_json: bool
 ) -> None:
+    exactly(found, 2, "a comparison")
+    for target in found:
+        library.find(target.ref)  # a wrong name is said before torch is imported
     from xtcli.config.preset import load_preset
     from xtcli.inspect import compare
 
-    exactly(found, 2, "a comparison")
     a, b = (load_preset(target.ref, target.overrides, size=size, tiny=tiny) for target in found)
     changes, sides = compare.differences(a, b), compare.sides(a, b, batch=batch, length=length)
     if as_json:

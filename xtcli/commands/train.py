@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xtcli.commands.options import Overrides, Size, Tiny, again
+from xtcli.config import library
 from xtcli.config.complete import complete_preset
 
 
@@ -40,6 +41,7 @@ def command(
 
     Ctrl-C and SIGTERM save a checkpoint and print the command that resumes. The run's folder is printed last.
     """
+    library.find(target)  # a wrong name is said before torch is imported
     from xtcli.errors import refuse
     from xtcli.runs.run import is_run
     from xtcli.train import start

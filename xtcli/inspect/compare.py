@@ -123,7 +123,9 @@ def _phrases(changed: list[tuple[str, Any, Any]], left: Mapping[str, Any], right
     grouped = {"heads", "kv_heads"}
     together = grouped <= left.keys() and grouped <= right.keys()
     if together and any(key in grouped for key, *_ in changed):
-        yield f"{_heads(left)} -> {_heads(right)}"
+        # As many key/value heads as heads can be said or left out.
+        if _heads(left) != _heads(right):
+            yield f"{_heads(left)} -> {_heads(right)}"
         changed = [item for item in changed if item[0] not in grouped]
     for key, x, y in changed:
         if key in COUNTS and all(isinstance(value, int) for value in (x, y)):
