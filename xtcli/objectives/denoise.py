@@ -13,19 +13,16 @@ of length 0 end where a row would grow beyond its text. A sentence ends with a t
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from xtcli import registry
 from xtcli.data.order import Ints
-from xtcli.errors import refuse
-from xtcli.objectives.base import Array, Documents, Objective, Sample, Split, Tokenizer, generator
-from xtcli.objectives.cuts import Cuts
-from xtcli.objectives.joined import Joined
-from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_little, too_short
+from xtcli.objectives.base import Array, Sample, Split, Tokenizer, generator
+from xtcli.objectives.rewritten import Rewritten
+from xtcli.objectives.words import clauses, left_out
 from xtcli.registry import field, part
 
 SMALLEST = 8
@@ -34,10 +31,10 @@ ENDS = (".", "!", "?", "\n")
 
 
 @part("objective", "denoising")
-class Denoising(Objective):
+class Denoising(Rewritten):
     """Corrupted text to text; `targets.lm` is aligned with `decoder_input_ids`, which begin with `start`."""
 
-    class Config(registry.Config):
+    class Config(Rewritten.Config):
         """BART's denoising."""
 
         infill: float = field("share of the tokens hidden in spans, one mask for each span", 0.3, ge=0, lt=1)
@@ -46,12 +43,6 @@ class Denoising(Objective):
         delete: float = field("share of the tokens that are left out", 0.0, ge=0, lt=1)
         permute: float = field("probability that the sentences of a row change places", 1.0, ge=0, le=1)
         rotate: float = field("probability that a row begins at a token drawn at random", 0.0, ge=0, le=1)
-        pack: Literal["stream", "none"] = field(
-            "stream: documents are joined with nothing between them and see each other; none: a row is one document "
-            "or a piece of it",
-            "stream",
-        )
-        multiple: int = field("pack none: rows are padded to the longest of a batch, rounded up to this many", 64, gt=0)
 
         @model_validator(mode="after")
         def _room(self) -> Self:
@@ -74,46 +65,21 @@ class Denoising(Objective):
         super().__init__(tokenizer, context=context, seed=seed, multiple=min(config.multiple, context))
         self.config = config
         self.masks = "needed"
-        if context < SMALLEST:
-            raise refuse(
-                f"a context of {context} tokens is too short to corrupt", f"set train.context to {SMALLEST} or more"
-            )
+        self.refuse_short(SMALLEST, "corrupt")
         self.hidden = self.need("mask", why="denoising")[0] if config.infill or config.mask else -1
-        self.end = self.special.get("eos", self.special.get("sep"))
-        if self.end is None:
-            raise refuse(
-                "a decoder learns where to stop from an eos token, and the tokenizer has none",
-                "set tokenizer.special.eos",
-            )
-        self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
+        self.end = self.last()
+        self.start = self.first(start)
         begin = self.special.get("bos", self.special.get("cls"))
         self.front = [] if begin is None or begin == self.end else [begin]
         # A decoder that starts from bos has it already.
         self.target_front = [] if self.front == [self.start] else self.front
-        self.block = context - len(self.front) - 1
+        block = context - len(self.front) - 1
         self.width = {"": context, "decoder_": context}
         self.ends = sentence_ends(tokenizer) if config.permute else np.zeros(0, dtype=bool)
-        self.least = 2
-        self.documents = Documents.of(split.streams["text"], self.least)
-        total = self.documents.total
-        if total < self.least:
-            raise too_little(f"{count(total, 'token')}, and a row takes {self.least}", validation)
-        if config.pack == "none":
-            self.cuts = Cuts(self.documents, self.block)
-            self.samples = len(self.cuts)
-        else:
-            self.joined = Joined(self.documents)
-            self.samples = -(-total // self.block)
-            if total < self.block and not validation:
-                fits = total + context - self.block
-                remedy = f"give more text, or set objective.pack=none or train.context to {fits} or less"
-                raise too_short(total, self.block, remedy)
-
-    def __len__(self) -> int:
-        return self.samples
+        self.lay(split, block, validation, lambda total: total + context - block)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        text = self._text(index)
+        text = self.text(index)
         inputs = self._corrupt(text, generator(self.seed, epoch, index))
         targets = np.concatenate([np.array(self.target_front, dtype=np.int64), text, [self.end]])
         return {
@@ -122,12 +88,6 @@ class Denoising(Objective):
             "targets.lm": targets,
             "id": np.array(index),
         }
-
-    def _text(self, index: int) -> Ints:
-        if self.config.pack == "none":
-            return self.documents.read(*self.cuts.at(index))
-        text: Ints = self.joined.tokens(*self.joined.block(index, self.block))[0]
-        return text
 
     def _corrupt(self, text: Ints, rng: np.random.Generator) -> Ints:
         """The text with all corruptions, never longer than it was."""
@@ -183,12 +143,7 @@ class Denoising(Objective):
         return out
 
     def describe(self) -> str:
-        config, documents = self.config, count(len(self.documents), "document")
-        if config.pack == "none":
-            rows = [f"{documents} in {count(self.samples, 'row')}, padded", "no row has text of two documents"]
-        else:
-            rows = [f"{documents} end to end, nothing between them, in {count(self.samples, 'block')}", SHARED]
-            rows.append(repeated(self.samples, self.block, self.joined.total))
+        config = self.config
         done = [
             f"sentences permuted in {config.permute:.4g} of the rows" if config.permute else "",
             f"{config.rotate:.4g} of the rows rotated" if config.rotate else "",
@@ -198,7 +153,7 @@ class Denoising(Objective):
         ]
         return clauses(
             "denoising: " + (", ".join(part for part in done if part) or "nothing corrupted") + ", anew each epoch",
-            *rows,
+            *self.told(),
             f"the decoder starts from id {self.start}",
             left_out(self.documents, self.least),
         )

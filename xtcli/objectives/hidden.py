@@ -13,18 +13,16 @@ order of the text. How many tokens ahead the decoder predicts at each place is t
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from pydantic import model_validator
 
-from xtcli import registry
 from xtcli.data.order import Ints
 from xtcli.errors import refuse
-from xtcli.objectives.base import Documents, Objective, Sample, Split, Tokenizer, generator
-from xtcli.objectives.cuts import Cuts
-from xtcli.objectives.joined import Joined
-from xtcli.objectives.words import SHARED, clauses, count, left_out, repeated, too_little, too_short
+from xtcli.objectives.base import Sample, Split, Tokenizer, generator
+from xtcli.objectives.rewritten import Rewritten
+from xtcli.objectives.words import clauses, count, left_out
 from xtcli.registry import field, part
 
 SMALLEST = 8
@@ -32,22 +30,16 @@ SMALLEST = 8
 
 
 @part("objective", "masked-spans")
-class MaskedSpans(Objective):
+class MaskedSpans(Rewritten):
     """Hidden runs; `targets.lm` is aligned with `decoder_input_ids`, which begin with `start` (pad if None)."""
 
-    class Config(registry.Config):
+    class Config(Rewritten.Config):
         """Runs of the text are hidden and said."""
 
         density: float = field("share of the tokens that is hidden", 0.15, gt=0, lt=1)
         every: int = field("tokens of the text that have one hidden run", 64, ge=2)
         mask: float = field("share of the hidden tokens that become the mask token", 0.8, ge=0, le=1)
         random: float = field("share of the hidden tokens that become ordinary tokens at random", 0.1, ge=0, le=1)
-        pack: Literal["stream", "none"] = field(
-            "stream: documents are joined with nothing between them and see each other; none: a row is one document "
-            "or a piece of it",
-            "stream",
-        )
-        multiple: int = field("pack none: rows are padded to the longest of a batch, rounded up to this many", 64, gt=0)
 
         @model_validator(mode="after")
         def _shares(self) -> Self:
@@ -70,54 +62,21 @@ class MaskedSpans(Objective):
         super().__init__(tokenizer, context=context, seed=seed, multiple=multiple)
         self.config = config
         self.masks = "needed"
-        if context < SMALLEST:
-            raise refuse(
-                f"a context of {context} tokens is too short to hide a part of it",
-                f"set train.context to {SMALLEST} or more",
-            )
+        self.refuse_short(SMALLEST, "hide a part of it")
         self.hidden = self.need("mask", why="hiding spans")[0] if config.mask else -1
-        end = self.special.get("eos", self.special.get("sep"))
-        if end is None:
-            raise refuse(
-                "a decoder learns where to stop from an eos token, and the tokenizer has none",
-                "set tokenizer.special.eos",
-            )
-        self.end = end
-        self.start = self.need("pad", why="the decoder's first input")[0] if start is None else start
+        self.end = self.last()
+        self.start = self.first(start)
         special = [*self.special.values(), *tokenizer.sentinels]
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab), special)
         if not self.ordinary.size:
             raise refuse("every token of the tokenizer is special", "raise tokenizer.vocab")
-        self.block = context - 1
-        self.width = {"": context, "decoder_": int(self._lengths(self.block).sum()) + 1}
-        self.least = 2
-        self.documents = Documents.of(split.streams["text"], self.least)
-        total = self.documents.total
-        if total < self.least:
-            raise too_little(f"{count(total, 'token')}, and a row takes {self.least}", validation)
-        if config.pack == "none":
-            self.cuts = Cuts(self.documents, self.block)
-            self.samples = len(self.cuts)
-        else:
-            self.joined = Joined(self.documents)
-            self.samples = -(-total // self.block)
-            if total < self.block and not validation:
-                remedy = f"give more text, or set objective.pack=none or train.context to {total + 1} or less"
-                raise too_short(total, self.block, remedy)
-
-    def __len__(self) -> int:
-        return self.samples
+        self.width = {"": context, "decoder_": int(self._lengths(context - 1).sum()) + 1}
+        self.lay(split, context - 1, validation, lambda total: total + 1)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        inputs, targets = self._hide(self._text(index), generator(self.seed, epoch, index))
+        inputs, targets = self._hide(self.text(index), generator(self.seed, epoch, index))
         decoder = np.concatenate([[self.start], targets[:-1]])
         return {"input_ids": inputs, "decoder_input_ids": decoder, "targets.lm": targets, "id": np.array(index)}
-
-    def _text(self, index: int) -> Ints:
-        if self.config.pack == "none":
-            return self.documents.read(*self.cuts.at(index))
-        text: Ints = self.joined.tokens(*self.joined.block(index, self.block))[0]
-        return text
 
     def _pieces(self, size: int) -> Ints:
         """Lengths of the pieces of a text."""
@@ -144,16 +103,11 @@ class MaskedSpans(Objective):
         return np.append(inputs, self.end), np.append(text[chosen], self.end)
 
     def describe(self) -> str:
-        config, documents = self.config, count(len(self.documents), "document")
-        if config.pack == "none":
-            rows = [f"{documents} in {count(self.samples, 'row')}, padded", "no row has text of two documents"]
-        else:
-            rows = [f"{documents} end to end, nothing between them, in {count(self.samples, 'block')}", SHARED]
-            rows.append(repeated(self.samples, self.block, self.joined.total))
+        config = self.config
         return clauses(
             f"masked spans: {config.density:.4g} of every {count(config.every, 'token')} hidden in one run, "
             f"{config.mask:.4g} of them masked and {config.random:.4g} swapped, drawn anew each epoch",
-            *rows,
+            *self.told(),
             f"targets have at most {count(self.width['decoder_'], 'token')} and end with id {self.end}",
             f"the decoder starts from id {self.start}",
             left_out(self.documents, self.least),
