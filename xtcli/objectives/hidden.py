@@ -85,7 +85,7 @@ class MaskedSpans(Rewritten):
 
     def _lengths(self, size: int) -> Ints:
         """Hidden tokens of each piece; a text has one at least."""
-        lengths = np.round(self._pieces(size) * self.config.density).astype(np.int64)
+        lengths: Ints = np.round(self._pieces(size) * self.config.density).astype(np.int64)
         lengths[0] = max(lengths[0], 1)
         return lengths
 
