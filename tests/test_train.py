@@ -295,6 +295,16 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_is_a_plan_in_numbers(text: Path, tmp_path: Path) -> None:
+    words = ("train", "gpt2-nano", "--tiny", f"data={text}", *QUICK, "train.steps=7", "--dry-run", "--json")
+    done = xt(*words, cwd=tmp_path)
+    plan = json.loads(done.stdout)
+    assert plan["steps"] == 7 and plan["tokens"] == 7 * plan["tokens_per_step"] and plan["fits"] is True
+    assert plan["memory_bytes"]["weights"] == 4 * plan["parameters"]
+    assert done.stderr.splitlines()[-1].startswith("next: xt train gpt2-nano --tiny ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_run_is_never_overwritten(text: Path, tmp_path: Path) -> None:
     options = [f"data={text}", *QUICK, "train.steps=2", "train.sample_tokens=2"]
     first = xt("train", "gpt2-nano", "--tiny", *options, cwd=tmp_path)

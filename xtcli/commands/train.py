@@ -77,14 +77,10 @@ def command(
 def _plan(target: str, changes: list[str], size: str | None, tiny: bool, as_json: bool) -> None:
     from xtcli.config.preset import load_preset
     from xtcli.train.job import make_job
-    from xtcli.train.start import describe, table
+    from xtcli.train.start import describe, facts, table
 
     job = make_job(load_preset(target, changes, size=size, tiny=tiny), _talk)
-    text = describe(job)
-    if as_json:
-        print(json.dumps(text))
-    else:
-        print(table(text))
+    print(json.dumps(facts(job), indent=1) if as_json else table(describe(job)))
     _talk(f"next: xt train {again(target, changes, size, tiny)}")
 
 

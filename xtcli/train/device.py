@@ -17,6 +17,7 @@ import torch
 
 from xtcli.config.train import TrainConfig
 from xtcli.errors import refuse
+from xtcli.objectives.words import count
 
 PEAKS = (
     ("H100 PCIe", 756e12),
@@ -129,7 +130,7 @@ def _name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"{platform.machine()} GPU (MPS)"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"
 
 
 def main_memory() -> int:

@@ -54,6 +54,37 @@ def describe(job: Job) -> dict[str, str]:
     return text
 
 
+def facts(job: Job) -> dict[str, Any]:
+    """The plan of a run as plain data, with units in the names."""
+    place, plan, config = job.place, job.plan, job.config
+    free = place.free()
+    return {
+        "parameters": plan.parameters,
+        "trained_parameters": plan.trained,
+        "active_parameters": plan.active or plan.parameters,
+        "steps": config.steps,
+        "tokens": config.steps * plan.tokens,
+        "batch": plan.batch,
+        "micro_batch": plan.micro_batch,
+        "tokens_per_step": plan.tokens,
+        "flop_per_step": plan.flops,
+        "memory_bytes": {
+            "peak": plan.peak,
+            "weights": plan.weights,
+            "gradients": plan.gradients,
+            "optimizer": plan.optimizer,
+            "activations": plan.activations,
+            "free": free,
+        },
+        "fits": plan.peak <= free,
+        "checkpoint_bytes": job.checkpoint_bytes,
+        "device": place.name,
+        "precision": place.precision,
+        "objective": job.objective.describe(),
+        "data": job.store.report().splitlines(),
+    }
+
+
 def table(facts: dict[str, str]) -> str:
     """Label and figure a line; further lines of a figure stand under its first."""
     margin = "\n" + " " * 13
