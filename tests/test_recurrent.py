@@ -359,3 +359,28 @@ def test_mixers_stand_beside_attention() -> None:
         whole = model(input_ids=text).logits
         parts = [model(input_ids=text[:, at : at + 1], state=state).logits for at in range(20)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"rescale_every": 1, "num_hidden_layers": 4}], ids=str)
+def test_states_travel_between_calls_as_the_reference_s_do(options: dict[str, Any]) -> None:
+    """Ours from ours, ours from theirs, as a list and as one tensor; the text after them is as if read at once."""
+    theirs = reference("RwkvForCausalLM", options)
+    ours = ours_of(theirs)
+    first, then = ids(2, 24), ids(2, 7, 9)
+    with torch.no_grad():
+        left, mine = theirs(first, use_cache=True).state, ours(input_ids=first).state
+        torch.testing.assert_close(mine, left, atol=2e-5, rtol=1e-5)
+        whole = ours(input_ids=torch.cat((first, then), 1)).logits[:, 24:]
+        # The reference writes into what it is given.
+        expected = theirs(then, state=[tensor.clone() for tensor in left], use_cache=True)
+        for given in (mine, torch.stack(mine), tuple(left)):
+            out = ours(input_ids=then, state=given)
+            torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(out.logits, whole, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(out.state, expected.state, atol=2e-5, rtol=1e-5)
+        assert "state" not in ours(input_ids=first, use_cache=False)
+    assert "state" not in ours.train()(input_ids=first)
+    with pytest.raises(ValueError, match="3 tensors were given, the model remembers 5"):
+        ours(input_ids=then, state=mine[:3])
+    with pytest.raises(ValueError, match=r"\(1, 24, \d\), not \(2, 24, \d\)"):
+        ours(input_ids=then, state=[tensor[:1] for tensor in mine])

@@ -36,11 +36,7 @@ def objective(config: Any, names: Sequence[str] | None, own: Mapping[str, str]) 
         # A model of all words, whatever its graph is: where it reads both ways its words are masked.
         own = {"head": "lm"} if head == "lm" else {}
         return {"kind": kind} | {name: True for name, value in asked.items() if value} | own
-    if (
-        kind in ("classify", own.get(head))
-        and names is not None
-        and len(names) == getattr(config.heads[head], "labels", 0)
-    ):
+    if kind in ("classify", own.get(head)) and names and len(names) == getattr(config.heads[head], "labels", 0):
         return {"kind": kind, "labels": list(names)}
     return {"kind": kind}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xtcli import registry
 from xtcli.parts.auxiliary import Auxiliaries, Side, make_auxiliaries
+from xtcli.parts.carried import carries, left_behind, taken_up
 from xtcli.parts.context import Ledger, ModelState
 from xtcli.parts.embed import Tokens
 from xtcli.parts.heads import SPEAKING, Head, Hidden, collect
@@ -226,6 +227,7 @@ class OneStack(Graph, Tower):
         self.embed = scope.make("embed", config.embed)
         self.make_stack(config.stack, scope, config.memory_tokens)
         refuse_absolute(self, scope)
+        self.carries = carries(self)
         above = scope.at(
             "",
             dim=getattr(self.stack, "width", scope.dim),
@@ -334,7 +336,7 @@ class OneStack(Graph, Tower):
         document_ids: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        state: ModelState | None = None,
+        state: ModelState | Sequence[Tensor] | Tensor | None = None,
         output_hidden_states: bool = False,
         output_router_logits: bool | None = None,
         mems: Sequence[Tensor] | Tensor | None = None,
@@ -347,12 +349,20 @@ class OneStack(Graph, Tower):
         Several texts to choose from come as (B, choices, T).
         attention_mask: 1 = real token. position_ids: places, from 0 unless given. document_ids: tokens of
         other documents stay unseen. labels: as transformers has them, -100 ignored, shifted inside for a
-        causal model. state: from `new_state`; then attention_mask covers past and new tokens.
+        causal model. state: from `new_state`; then attention_mask covers past and new tokens. Models whose states have
+        one size take the `state` that an earlier call returned as well, and return it in evaluation (`use_cache`).
         Without encoder_hidden_states, cross-attention is passed over and the decoder runs alone.
         output_router_logits: whether scores and losses of routers are returned, and the losses added to `loss`; None:
         as `auxiliary` says. logits_to_keep: language models score only so many of the last places, or those numbered.
         extras: inputs that only some architectures read (`self.accepts`); labels of heads by their own names.
         """
+        kept, carried = (state, None) if isinstance(state, ModelState) else (None, state)
+        rows = input_ids if input_ids is not None else inputs_embeds
+        if self.carries and kept is None and rows is not None:
+            wanted = extras.pop("use_cache", not self.training and document_ids is None)
+            kept = taken_up(self, carried, *rows.shape[:2]) if wanted or carried is not None else None
+        elif carried is not None:
+            raise TypeError("state: this model takes none but what new_state returned")
         labels_by_name, inputs = self.parted(extras)
         trace: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.hidden(
@@ -364,7 +374,7 @@ class OneStack(Graph, Tower):
             document_ids,
             encoder_hidden_states,
             encoder_attention_mask,
-            state,
+            kept,
             trace,
             mc_token_ids,
             mems,
@@ -388,6 +398,8 @@ class OneStack(Graph, Tower):
             out["pooler_output"] = hidden.pooled
         if hidden.mems is not None:
             out["mems"] = hidden.mems
+        if kept is not None and kept is not state:
+            out["state"] = left_behind(kept)
         if trace is not None:
             out["hidden_states"] = tuple(trace)
         for name in (*getattr(self.stack, "gives", ()), *getattr(self.stack, "traces", ())):

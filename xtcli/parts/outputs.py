@@ -21,7 +21,7 @@ NAMES = (
     "decoder_z_loss encoder_router_logits decoder_router_logits mems losses prediction_scores start_top_log_probs "
     "start_top_index end_top_log_probs end_top_index cls_logits reconstruction mlm_loss mep_loss entity_logits "
     "entity_last_hidden_state entity_hidden_states logits_ngram last_hidden_state_ngram hidden_states_ngram "
-    "decoder_ngram_hidden_states"
+    "decoder_ngram_hidden_states state"
 ).split()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from xtcli.registry import field, part
 class ShiftState:
     """The last input (B, dim)."""
 
+    remembered: ClassVar[tuple[str, ...]] = ("last",)
     last: Tensor
 
     def select(self, rows: Tensor) -> None:
@@ -47,6 +48,7 @@ class ShiftState:
 class TimeState(ShiftState):
     """The last input, and wkv's numerator, denominator and exponent (B, C)."""
 
+    remembered: ClassVar[tuple[str, ...]] = ("last", "numerator", "denominator", "exponent")
     numerator: Tensor
     denominator: Tensor
     exponent: Tensor
@@ -60,6 +62,7 @@ class TimeState(ShiftState):
 class Mixing(nn.Module):
     """What both halves share: the token shift, and the mixes that start as powers of a ramp over the channels."""
 
+    remembered = ShiftState.remembered
     depth: float
 
     def __init__(self, scope: Scope, kind: str) -> None:

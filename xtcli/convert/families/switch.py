@@ -222,9 +222,10 @@ SWITCH = Family(
     ties=ties,
     neutral=frozenset(
         """
-        is_decoder add_cross_attention is_encoder_decoder tie_word_embeddings add_router_probs router_ignore_padding_tokens router_type
-        output_router_logits feed_forward_proj is_gated_act num_sparse_encoder_layers num_sparse_decoder_layers
-        num_decoder_layers encoder_sparse_step decoder_sparse_step router_z_loss_coef router_aux_loss_coef
+        is_decoder add_cross_attention is_encoder_decoder tie_word_embeddings add_router_probs
+        router_ignore_padding_tokens router_type output_router_logits feed_forward_proj is_gated_act
+        num_sparse_encoder_layers num_sparse_decoder_layers num_decoder_layers encoder_sparse_step decoder_sparse_step
+        router_z_loss_coef router_aux_loss_coef
         """.split()
     ),
     mixed=("router.classifier.weight", "router.classifier.bias"),
