@@ -94,6 +94,11 @@ def test_every_distinct_mask_and_position_is_found_with_its_layers(
     assert said + list(found.words) == wanted
 
 
+def test_what_reads_images_is_shown_over_their_places() -> None:
+    views = sight.look(skeleton(load_preset("x-captioner")), 512, 32)
+    assert [(view.stack, view.length) for view in views.masks] == [("encoder.stack", 64), ("decoder.stack", 512)]
+
+
 def test_layers_of_a_pattern_are_told_apart() -> None:
     def block(mask: Any) -> dict[str, Any]:
         return {"sublayers": {"attn": {"kind": "attention", "heads": 2, "mask": mask}}}

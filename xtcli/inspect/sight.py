@@ -130,11 +130,15 @@ def stacks(model: nn.Module) -> Mapping[str, Stack]:
 def look(model: nn.Module, length: int, cells: int, weights: Weights | None = None) -> Views:
     """Every distinct mask, bias and rotation over `length` tokens, in at most `cells` cells an axis.
 
-    `model` may be on the meta device. Raises UserError where `weights` lacks a tensor.
+    A stack that reads inputs of one size, such as images, is shown over their places. `model` may be on the meta
+    device. Raises UserError where `weights` lacks a tensor.
     """
     found: tuple[list[MaskView], list[BiasView], list[TurnView], list[str]] = ([], [], [], [])
-    cells = min(cells, length)
+    most, widest = length, cells
     for name, stack in stacks(model).items():
+        embed = getattr(model.get_submodule(name.rpartition(".")[0]), "embed", None)
+        length = getattr(embed, "places", None) or most
+        cells = min(widest, length)
         users = _users(stack)
         shared = stack.shared
         rules = dict.fromkeys(sight.rule for sight in users if sight.rule is not None)
