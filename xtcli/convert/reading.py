@@ -58,14 +58,16 @@ def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
     """The family of that name, or with `auto` the one that config.json's `model_type` means."""
     known = by_name()
     stated = values.get("model_type")
+    if stated is not None and not isinstance(stated, str):
+        raise refuse(f"model_type is {stated!r}, not text", place=place)
     if name == "auto":
         if stated is None:
             raise refuse("states no model_type", f"name the family: {', '.join(sorted(known))}", place=place)
         if stated not in known:
             raise refuse(
-                f"model_type '{stated}' is no family that xt converts", did_you_mean(str(stated), known), place=place
+                f"model_type '{stated}' is no family that xt converts", did_you_mean(stated, known), place=place
             )
-        return known[str(stated)]
+        return known[stated]
     if name not in known:
         raise no_family(name)
     family = known[name]
@@ -149,6 +151,12 @@ def read(family: Family, values: Mapping[str, Any], names: Sequence[str], place:
             plan = make_plan(family, form, config, skeleton(config, options.place, options.keys_of))
         except UserError as error:
             refused = refused or error
+            continue
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            # Nothing is allocated on the meta device, but PyTorch counts the bytes.
+            refused = refused or refuse(f"asks for a tensor beyond all memory ({error})", place=f"{place}/{CONFIG}")
             continue
         claims = claim(plan, names)
         if not claims.faults:

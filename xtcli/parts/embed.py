@@ -180,6 +180,8 @@ class Tokens(Embedding):
         self.scale = math.sqrt(scope.dim) if config.scale == "sqrt-dim" else float(config.scale)
         self.scale_given = self.scale if config.scale_given else 1.0
         self.positions = summed.make("positions", config.positions)
+        if isinstance(config.segments, int) and config.segments < 1:
+            raise Impossible("segments", f"is {config.segments}, and a table has one row or more", "null: no segments")
         self.segments = Table(config.segments, summed.dim) if isinstance(config.segments, int) else None
         self.segments_read_tokens = config.segments == "tokens"
         self.segments_pass = config.segments in ("scores", "unread")
