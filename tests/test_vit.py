@@ -175,7 +175,7 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("gpt2", {"hidden_size": 32, "qkv_bias": False}, {}, {}),
     ("gpt2", {"layer_norm_eps": 0.1}, {"layer_norm_epsilon": 0.01, "n_inner": 30, "activation_function": "relu"}, {}),
     ("gpt2", {"image_size": 14, "patch_size": 7}, {"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
-    ("gpt2", {"hidden_dropout_prob": 0.2, "pooler_output_size": 24}, {"scale_attn_weights": False}, {}),
+    ("gpt2", {"hidden_dropout_prob": 0.2, "pooler_output_size": 10}, {"scale_attn_weights": False}, {}),
     ("gpt2", {"num_channels": 1}, {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, {}),
     ("bert", {}, {}, {}),
     ("bert", {"hidden_size": 32}, {"tie_word_embeddings": False, "hidden_act": "relu"}, {}),

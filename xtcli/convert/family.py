@@ -21,6 +21,16 @@ from xtcli.registry import Config
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class AnyLength(int):
+    """The usual length of a side of a tensor that nothing reads, whose length no part of our config says: it equals
+    every length, so that such a tensor is kept as it is."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int)
+
+    __hash__ = int.__hash__
+
+
 def _nothing(config: Config) -> dict[str, Any]:
     return {}
 

@@ -173,7 +173,8 @@ def write(job: Import, inside: Path, report: Report) -> None:
                 writer.put(name, job.cast(name, tensor))
     (inside / REFERENCE).mkdir()
     _keep_config(job, inside / REFERENCE / CONFIG)
-    kept = {name: (job.dtype((name,)), shape) for name, shape in job.plan.kept(job.claims.source).items()}
+    held = {name: job.source.entries[job.claims.source[name]].shape for name in job.plan.kept(job.claims.source)}
+    kept = {name: (job.dtype((name,)), shape) for name, shape in held.items()}
     if kept:
         with Writer(inside / REFERENCE, kept, KEPT) as writer:
             for name in kept:

@@ -18,7 +18,7 @@ from xtcli.convert.families.electra import ELECTRA
 from xtcli.convert.families.gpt2 import GPT2
 from xtcli.convert.families.roberta import ROBERTA
 from xtcli.convert.families.vit import VIT
-from xtcli.convert.family import COMMON_FIXED, COMMON_NEUTRAL, Drop, Family, Form, Shapes
+from xtcli.convert.family import COMMON_FIXED, COMMON_NEUTRAL, AnyLength, Drop, Family, Form, Shapes
 from xtcli.convert.options import Custom, Options, Unexpressed, dump, load, settle
 from xtcli.convert.rules import Rule, layer
 from xtcli.convert.same import difference
@@ -181,7 +181,8 @@ def _ties(writes: Half, config: Config, prefix: str) -> Mapping[str, str]:
 def _dead(writes: Half, config: Config) -> Shapes:
     encoder, decoder = _halves(config)
     family, form = writes
-    pooler = {"encoder.pooler.dense.weight": (encoder.dim, encoder.dim), "encoder.pooler.dense.bias": (encoder.dim,)}
+    rows = AnyLength(encoder.dim)  # pooler_output_size
+    pooler = {"encoder.pooler.dense.weight": (rows, encoder.dim), "encoder.pooler.dense.bias": (rows,)}
     return pooler | {f"decoder.{form.prefix}{name}": shape for name, shape in family.dead(decoder).items()}
 
 
