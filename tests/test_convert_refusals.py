@@ -175,6 +175,7 @@ OPTIONS = [
     ("bert", {"position_embedding_type": "relative"}, "position_embedding_type: is 'relative'"),
     ("bert", {"type_vocab_size": -1}, "type_vocab_size: is -1, and a table has one row or more"),
     ("bert", {"tie_encoder_decoder": True}, "tie_encoder_decoder"),
+    ("t5", {"relative_attention_max_distance": 5}, "relative_attention_max_distance: must exceed"),
     ("t5", {"feed_forward_proj": "gatd-gelu"}, "feed_forward_proj"),
     ("t5", {"is_decoder": True, "architectures": ["T5EncoderModel"]}, "is_decoder: is true, and an encoder alone"),
 ]

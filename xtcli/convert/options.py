@@ -65,7 +65,13 @@ class Options:
             if keys := self.origins.get(entry):
                 return ", ".join(keys) if len(keys) <= MOST_KEYS else path
             entry = entry.rpartition(".")[0]
-        return path
+        # A position that attentions inherit is stated on their stack.
+        stack, _, below = path.partition(".block.sublayers.")
+        place = below.partition(".")[2]
+        if not place.startswith("position."):
+            return path
+        said = self.keys_of(f"{stack}.{place}")
+        return path if said == f"{stack}.{place}" else said
 
     def refuse(self, name: str, cause: str, remedy: str = "") -> None:
         """Remember what is wrong with one key."""
