@@ -111,7 +111,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ViTForImageClassification", {"patch_size": 3, "num_channels": 1, "num_attention_heads": 1}),
     ("ViTForMaskedImageModeling", {}),
     ("ViTForMaskedImageModeling", {"num_channels": 1, "patch_size": 2, "encoder_stride": 2, "qkv_bias": False}),
-    ("ViTForMaskedImageModeling", {"encoder_stride": 3}),
+    ("ViTForMaskedImageModeling", {"encoder_stride": 3, "num_labels": 0}),
 ]
 
 
