@@ -65,10 +65,17 @@ def feeds(name: str, config: Any) -> dict[str, dict[str, Tensor]]:
     found["types"] = {"input_ids": ids(2, 9), "token_type_ids": torch.tensor([[0] * 4 + [1] * 5, [0] * 9])}
     found["embeds"] = {"inputs_embeds": noise(2, 9, getattr(config, "embedding_size", 24))}
     found["loss"] = {"input_ids": ids(4, 9)} | labels(name, config)
-    # A classifier reads the first state, which padding on the left makes one of padding.
-    for side in ("right",) if "Sequence" in name or "Choice" in name else ("right", "left"):
+    for side in ("right", "left"):
         kept = mask(4, 12, side)
         found[f"padded {side}"] = {"input_ids": ids(4, 12).masked_fill(kept == 0, PAD), "attention_mask": kept}
+        # An answer is looked for at padding too, and a classifier may read a first state of padding.
+        kept = mask(4, 9, side)
+        padded = {"input_ids": ids(4, 9).masked_fill(kept == 0, PAD), "attention_mask": kept}
+        found[f"loss padded {side}"] = padded | labels(name, config)
+    if name.endswith("SequenceClassification") and config.num_labels == 3:
+        shares = torch.rand(4, 3, generator=torch.Generator().manual_seed(4))
+        found["shares"] = {"input_ids": ids(4, 9), "labels": shares}
+        found["no label"] = {"input_ids": ids(4, 9), "labels": torch.tensor([1.0, -1.0, 2.0, -100.0])}
     if name.endswith("MultipleChoice"):
         for given in found.values():
             given |= {key: value.unflatten(0, (-1, 2)) for key, value in given.items() if key != "labels"}
@@ -126,7 +133,7 @@ def test_equals_the_reference(name: str, options: dict[str, Any]) -> None:
     theirs = reference(name, options)
     ours = converted(theirs, family(name))
     for feed, given in feeds(name, theirs.config).items():
-        if feed == "loss" and theirs.config.num_labels == 1:
+        if feed.startswith("loss") and theirs.config.num_labels == 1:
             # The reference gives back flattened logits there.
             assert abs(float(theirs(**given).loss) - float(ours(**given).loss)) <= TOLERANCE
             continue

@@ -1,14 +1,14 @@
-"""Attention over what and where apart (He et al. 2020, arXiv:2006.03654), and a convolution beside the first layer.
+"""Attention over what and where apart (He et al. 2020, arXiv:2006.03654), and what stands around it: a convolution
+beside the first layer, embeddings that are zero at padding.
 
     score(i, j) = (q_i k_j + q_i K(r_ij) + k_j Q(r_ij)) / sqrt(d (1 + terms)),   r_ij a vector for the distance i - j
 
 The table of distance vectors is one for the stack. K and Q are projections of their own, or those of the content.
-Distances beyond half the buckets share them logarithmically (arXiv:2111.09543).
+Distances beyond half the buckets share them logarithmically (arXiv:2111.09543). A query at padding sees all keys alike.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.embed import Factorised, Tokens
 from xtcli.parts.kernels import add_scores
 from xtcli.parts.linear import Draw, Linear, Table
 from xtcli.parts.norms import NormSlot, make_norm
@@ -89,7 +90,7 @@ class Disentangled(Attention):
         if config.buckets is not None and furthest - 1 in (0, config.buckets // 2):
             raise Impossible("buckets", f"{config.buckets} buckets leave no distance below {furthest} to be shared")
         if config.scale is None:
-            self.scale = 1 / math.sqrt(self.head_dim * (1 + len(config.terms)))
+            self.scale = float(self.head_dim * (1 + len(config.terms))) ** -0.5
         wide = self.heads * self.head_dim
         if not config.key_bias:
             self.k = Linear(scope.dim, wide, False)
@@ -115,8 +116,11 @@ class Disentangled(Attention):
         """x (B, T, dim) -> (B, T, dim)."""
         q = self.q_norm(self.split(self.q(x), self.heads))
         k, v = self.recall(self.k_norm(self.split(self.k(x), self.heads)), self.split(self.v(x), self.heads), ctx)
+        real = None if ctx.keep is None else ctx.keep[:, None, ctx.offset : ctx.offset + x.shape[1], None]
+        visible = ctx.visible[self.view] if real is None else levelled(ctx.visible[self.view], real)
+        q = q if real is None else q * real
         if not self.terms:
-            return self.attend(q, k, v, ctx.visible[self.view], x, ctx)
+            return self.attend(q, k, v, visible, x, ctx)
         vectors = self.distance_dropout(ctx.turns[self.distances])[None]
         rows = self.rows(ctx, q.shape[2])[:, None].expand(q.shape[0], self.heads, -1, -1)
         extra = torch.zeros((), dtype=q.dtype, device=q.device)
@@ -126,7 +130,8 @@ class Disentangled(Attention):
         if "p2c" in self.terms:
             queries = self.split((self.distance_q or self.q)(vectors), self.heads)
             extra = extra + (k @ queries.transpose(-1, -2)).gather(-1, rows.transpose(-1, -2)).transpose(-1, -2)
-        return self.weigh(q, k, v, extra * self.scale, ctx.visible[self.view], x, ctx)
+        extra = extra * self.scale
+        return self.weigh(q, k, v, extra if real is None else extra * real, visible, x, ctx)
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor, visible: Visible, x: Tensor, ctx: Ctx) -> Tensor:
         """Attention with scores (B, H, T, S) added to those of the content: (B, T, dim)."""
@@ -138,6 +143,14 @@ class Disentangled(Attention):
         weights = F.dropout(weights, self.rate if self.training else 0.0, self.training)
         y = (self.score.mixed(weights) @ v).transpose(1, 2).flatten(-2)  # type: ignore[operator]
         return self.o(y, x) if self.out_reads_input else self.o(y)  # type: ignore[no-any-return]
+
+
+def levelled(visible: Visible, real: Tensor) -> Visible:
+    """The mask with nothing hidden from queries that are not real (B, 1, T, 1)."""
+    mask = visible.mask
+    if mask is None:
+        return visible
+    return Visible(mask | ~real) if mask.dtype == torch.bool else Visible(mask.masked_fill(~real, 0.0))
 
 
 @part("mixer", "conv")
@@ -187,6 +200,22 @@ class Convolution(nn.Module):
 def held(x: Tensor, ctx: Ctx) -> Tensor:
     """x (B, T, D) with zeros at padding."""
     return x if ctx.keep is None else x * ctx.keep[:, ctx.offset :, None].to(x.dtype)
+
+
+@part("embed", "held-tokens")
+class HeldTokens(Tokens):
+    """Token, position and segment embeddings, zero at padding."""
+
+    def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
+        return held(super().forward(ids, vectors, segments, ctx), ctx)
+
+
+@part("embed", "held-factorised")
+class HeldFactorised(Factorised):
+    """The same in a width of their own, projected to dim."""
+
+    def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
+        return held(super().forward(ids, vectors, segments, ctx), ctx)
 
 
 @part("wiring", "post-beside")

@@ -23,7 +23,7 @@ from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.heads import Head, Hidden, Labels, NoTransform
 from xtcli.parts.linear import Linear
-from xtcli.parts.outputs import Term, cross_entropy
+from xtcli.parts.outputs import IGNORE, Term, cross_entropy
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
 
@@ -187,10 +187,16 @@ class SequenceLabels(Head):
             "output, one label for whole numbers, else many",
             "one",
         )
+        several: Literal["many", "shares"] = field(
+            "what a target for each label means where `problem` is null: any number of labels, or the share of each; "
+            "with shares a single target is one label whatever its type, and one below 0 is none",
+            "many",
+        )
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
         self.pick, self.end, self.pad, self.problem = config.pick, config.end, scope.pad, config.problem
+        self.several = "many" if config.problem is not None else config.several
         width = scope.dim if isinstance(config.hidden, bool) else config.hidden
         self.dense = Linear(scope.dim, width, config.bias) if config.hidden else None
         self.act = ACTIVATIONS[config.act]
@@ -215,10 +221,11 @@ class SequenceLabels(Head):
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         logits = self.outputs(hidden)["logits"].float()
-        problem = self.problem
-        if problem is None:
-            whole = not targets.is_floating_point()
-            problem = "number" if logits.shape[-1] == 1 else "one" if whole else "many"
+        problem = self.problem or self.told(logits, targets)
+        if problem == "shares":
+            return Term(-(logits.log_softmax(-1) * targets).sum(), torch.tensor(len(logits), device=logits.device))
+        if self.several == "shares" and problem == "one":
+            targets = targets.long().masked_fill(targets < 0, IGNORE)
         if problem == "one":
             return cross_entropy(logits, targets.reshape(-1))
         wanted = targets.reshape(logits.shape).float()
@@ -226,6 +233,14 @@ class SequenceLabels(Head):
         if problem == "number":
             return Term(F.mse_loss(logits, wanted, reduction="sum"), count)
         return Term(F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), count)
+
+    def told(self, logits: Tensor, targets: Tensor) -> str:
+        """The problem that targets for logits (B, N) are of."""
+        if logits.shape[-1] == 1:
+            return "number"
+        if self.several == "shares":
+            return "one" if targets.dim() == 1 or targets.shape[-1] == 1 else "shares"
+        return "many" if targets.is_floating_point() else "one"
 
 
 @part("head", "choice")

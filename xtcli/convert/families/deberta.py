@@ -1,8 +1,6 @@
 """DeBERTa, both versions: disentangled attention over one table of distances.
 
 The second may have buckets of distances, and a convolution beside its first layer.
-
-The reference leaves queries at padding to see every key alike; such rows mean nothing and differ here.
 """
 
 from __future__ import annotations
@@ -95,7 +93,8 @@ class Version:
         width = value["head_dim"]
         terms = round(value["scale"] ** -2 / width) - 1 if value["scale"] else len(value["terms"])
         named = list(value["terms"]) or list(TERMS[:terms])
-        found |= {"relative_attention": value["span"] is not None, "pos_att_type": named}
+        relative = value["span"] is not None or bool(value["terms"])
+        found |= {"relative_attention": relative, "pos_att_type": named}
         found |= {"num_attention_heads": value["heads"], "attention_probs_dropout_prob": value["dropout"]}
         found |= {"max_relative_positions": value["span"] or -1}
         if self.second:
@@ -110,17 +109,19 @@ class Version:
         width = given(options, "embedding_size", int, dim)
         types = options.get("type_vocab_size", int, 0)
         tree: dict[str, Any] = {
-            "kind": "tokens",
+            "kind": "held-tokens",
             "positions": {"kind": "learned" if options.get("position_biased_input", bool, True) else "none"},
             "segments": types if types > 0 else "unread",
             "norm": {"kind": "inherit"},
             "dropout": DROPOUT.load(options),
         }
         if width != dim:
-            tree |= {"kind": "factorised", "width": width, "project_after": "sum", "project_bias": False}
+            tree |= {"kind": "held-factorised", "width": width, "project_after": "sum", "project_bias": False}
         return tree
 
     def write_embed(self, value: Any, found: dict[str, Any]) -> None:
+        if value["kind"] not in ("held-tokens", "held-factorised"):
+            raise Unexpressed(f"embed is '{value['kind']}', not 'held-tokens' or 'held-factorised'")
         found["position_biased_input"] = value["positions"]["kind"] == "learned"
         found["type_vocab_size"] = value["segments"] if isinstance(value["segments"], int) else 0
         if "width" in value:
@@ -198,6 +199,7 @@ class Version:
     def family(self) -> Family:
         """The family of this version."""
         sequence = {"labels": LABELS, "pick": "pooled", "dropout": CLASSIFIER_DROPOUT, "problem": PROBLEM}
+        sequence |= {"several": "shares"}
         pooler = {"pooler": Custom(self.pooled, self.write_pooled)}
         trunk = "deberta."
         forms = [
@@ -221,12 +223,13 @@ class Version:
             heads=(*_older(), *layer("pooler.dense", "pooler.dense"), *_newer()),
             ties=_ties,
             dead=self.dead,
+            # Theirs comes before the activation.
+            rescaled=("blocks.0.conv",),
             drops=(Drop("embeddings.position_ids", "0, 1, 2 ...", counts_up),),
             prefixes=(trunk, ""),
-            fixed={"is_encoder_decoder": (False,)},
             neutral=frozenset(
-                "add_cross_attention is_decoder tie_word_embeddings legacy padding_idx pooler_hidden_size "
-                "pooler_hidden_act pooler_dropout cls_dropout conv_groups conv_act".split()
+                "add_cross_attention is_decoder is_encoder_decoder tie_word_embeddings legacy padding_idx "
+                "pooler_hidden_size pooler_hidden_act pooler_dropout cls_dropout conv_groups conv_act".split()
             ),
         )
 
@@ -275,7 +278,7 @@ class Version:
     def dead(self, config: Any) -> Shapes:
         """A norm that stands there without the distances that it is for."""
         attention = _blocks(config)[0].sublayers["attn"]
-        if attention.span is not None or attention.distance_norm.kind == "none":
+        if attention.span is not None or attention.terms or attention.distance_norm.kind == "none":
             return {}
         return {"encoder.LayerNorm.weight": (config.dim,), "encoder.LayerNorm.bias": (config.dim,)}
 
