@@ -196,12 +196,12 @@ def jointly(
         x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, aside.k, aside.v)
     )
     q = q * scale
-    near = widen(q @ k.transpose(-1, -2)) + mask
+    # In place throughout: what the scores cost beyond their products is going through memory.
+    near = widen(q @ k.transpose(-1, -2)).add_(mask)
     far = widen(q.flatten(2, 3) @ other.transpose(-1, -2))
-    far = far.unflatten(2, (-1, aside.run)) + seen[:, :, :, None]
-    far = far.flatten(2, 3).unflatten(2, (count, size))
-    top = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True)).detach()
-    near, far = (near - top).exp(), (far - top).exp()
+    far = far.unflatten(2, (-1, aside.run)).add_(seen[:, :, :, None]).flatten(2, 3).unflatten(2, (count, size))
+    top = torch.maximum(near.detach().amax(-1, keepdim=True), far.detach().amax(-1, keepdim=True))
+    near, far = near.sub_(top).exp_(), far.sub_(top).exp_()
     total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
     if dropout > 0:
         near, far = F.dropout(near, dropout), F.dropout(far, dropout)

@@ -189,7 +189,9 @@ class Sides:
         number = torch.arange(self.count, device=self.own.device)
         first = torch.arange(start, stop, self.block, device=self.own.device).clamp(max=self.own.shape[1] - 1)
         own, last = self.own[:, first].clamp(max=self.count - 1), self.last[:, first, None]
-        scores = F.embedding(number - own[..., None] + self.count - 1, self.bias).movedim(-1, 1)
+        # Row e of `turned` holds the biases of the distances from -e on, so that a run's scores lie in one piece.
+        turned = self.bias.t().contiguous().unfold(1, self.count, 1)
+        scores = turned[:, self.count - 1 - own].movedim(1, 0)
         # A run that padding cuts is one of real queries.
         return scores if self.whole else scores.masked_fill((number >= last)[:, None], float("-inf"))
 
