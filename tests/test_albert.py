@@ -62,6 +62,8 @@ def test_equals_the_reference(name: str, options: dict[str, Any]) -> None:
 def test_dropouts_are_read() -> None:
     model = converted(reference(SEQUENCE, DROPPED), "albert")
     assert model.embed.dropout.p == model.stack.blocks[0].wiring.dropout.p == 0.2
+    # The reference adds what its feed-forwards make whole.
+    assert model.stack.blocks[0].wiring.dropouts["ffn"].p == 0.0
     assert model.stack.blocks[0].attn.rate == 0.3
     assert model.heads["sequence"].dropout.p == 0.4
     token = converted(reference(TOKEN, {"classifier_dropout_prob": None, "hidden_dropout_prob": 0.25}), "albert")

@@ -200,6 +200,27 @@ def test_options_that_we_do_not_express_are_refused_by_name(option: str, value: 
         convert(source, tmp_path / "there")
 
 
+def test_layers_drop_in_training_alone(tmp_path: Path) -> None:
+    rates = {"encoder_layerdrop": 0.6, "decoder_layerdrop": 0.5, "encoder_layers": 40, "dropout": 0.0}
+    model = reference(GENERATION, rates)
+    convert(save(model, tmp_path / "source"), tmp_path / "there")
+    ours: Any = load(tmp_path / "there")
+    given = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 8, 5)}
+    assert max(difference(model, ours.eval(), given).values()) <= TOLERANCE
+    assert (ours.encoder.stack.layer_drop, ours.decoder.stack.layer_drop) == (0.6, 0.5)
+    ran: list[int] = []
+    for number, block in enumerate(ours.encoder.stack.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    ours.train()
+    torch.manual_seed(0)
+    out = ours(**given, output_hidden_states=True)
+    assert 8 <= len(ran) <= 24 and len(out.encoder_hidden_states) == 41
+    save_model(ours, tmp_path / "ours", (tmp_path / "there/preset.yaml").read_text())
+    convert(tmp_path / "ours", tmp_path / "back", "bart", to="hf")
+    stated = json.loads((tmp_path / "back/config.json").read_text())
+    assert (stated["encoder_layerdrop"], stated["decoder_layerdrop"]) == (0.6, 0.5)
+
+
 def test_generation_settings_come_along(tmp_path: Path) -> None:
     model = reference(GENERATION, {})
     model.generation_config.forced_bos_token_id = 7

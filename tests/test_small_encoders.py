@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xtcli.convert import convert
 from xtcli.errors import UserError
+from xtcli.model import load, save_model
 from xtcli.parts.split import GroupedLinear
 
 SIZES: dict[str, Any] = {
@@ -77,7 +78,7 @@ def labels(name: str, config: Any) -> dict[str, Tensor]:
         case "ForMultipleChoice":
             return {"labels": torch.tensor([1, 0])}
         case "ForQuestionAnswering":
-            return {"start_positions": torch.tensor([0, 3, 8, 9]), "end_positions": torch.tensor([2, 3, 30, 1])}
+            return {"start_positions": torch.tensor([0, 3, 8, 9]), "end_positions": torch.tensor([2, -1, 30, 1])}
         case "ForSequenceClassification":
             if config.problem_type == "multi_label_classification":
                 return {"labels": torch.rand(4, config.num_labels).round()}
@@ -141,6 +142,8 @@ CASES = [(prefix + name, options) for prefix in FAMILY for name, options in COMM
     ("MobileBertModel", {"use_bottleneck_attention": True}),
     ("MobileBertForMaskedLM", {"use_bottleneck_attention": True, "key_query_shared_bottleneck": False}),
     ("MobileBertForMaskedLM", {"key_query_shared_bottleneck": False, "intra_bottleneck_size": 24}),
+    ("MobileBertForMaskedLM", {"is_decoder": True}),
+    ("MobileBertModel", {"num_feedforward_networks": 1, "is_encoder_decoder": True}),
     ("SqueezeBertModel", GROUPS),
     ("SqueezeBertForMaskedLM", {"is_decoder": True, "add_cross_attention": True}),
     ("MobileBertModel", {"pad_token_id": None, "add_cross_attention": True}),
@@ -185,6 +188,35 @@ def test_what_is_not_expressed_is_refused(name: str, options: dict[str, Any], wo
     config.write_text(json.dumps(json.loads(config.read_text()) | options))
     with pytest.raises(UserError, match=words):
         convert(source, tmp_path / "ours", family="auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "whole"),
+    [("FNetModel", {}, ["mixer"]), ("MobileBertModel", {"use_bottleneck": False, "num_feedforward_networks": 3}, None)],
+)
+def test_dropout_leaves_out_what_the_reference_adds_whole(name: str, options: dict[str, Any], whole: Any) -> None:
+    ours: Any = converted(reference(name, options | {"hidden_dropout_prob": 0.2}), family(name))
+    wiring = ours.stack.blocks[0].wiring
+    assert wiring.dropout.p == 0.2
+    assert {key: drop.p for key, drop in wiring.dropouts.items()} == dict.fromkeys(whole or ["ffn", "ffn_2"], 0.0)
+
+
+def test_a_transform_by_matrices_travels_with_them(tmp_path: Path) -> None:
+    options = {"use_tpu_fourier_optimizations": True, "tpu_short_seq_length": 17}
+    theirs = reference("FNetForMaskedLM", options)
+    ours = converted(theirs, "fnet")
+    assert max(difference(theirs, ours, {"input_ids": ids(2, 17)}).values()) <= TOLERANCE
+    with pytest.raises(UserError, match=r"9 places.*made for 17"):
+        ours(input_ids=ids(2, 9))
+    convert(save(theirs, tmp_path / "source"), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
+    whole = tensors(tmp_path / "source")
+    assert same(whole, tensors(tmp_path / "back"))
+    # Without the file that they came with they are made anew.
+    save_model(load(tmp_path / "ours"), tmp_path / "alone", (tmp_path / "ours/preset.yaml").read_text())
+    convert(tmp_path / "alone", tmp_path / "anew", "fnet", to="hf")
+    for key, made in ((key, made) for key, made in tensors(tmp_path / "anew").items() if "dft" in key):
+        torch.testing.assert_close(made, whole[key], atol=1e-6, rtol=0)
 
 
 def test_grouped_linear_is_a_grouped_convolution() -> None:

@@ -71,8 +71,8 @@ def _names(count: int) -> list[str]:
 
 
 def _block(options: Options) -> dict[str, Any]:
-    narrows, count = NARROWS.load(options), max(COUNT.load(options), 1)
-    if count > MOST:
+    narrows, count = NARROWS.load(options), COUNT.load(options)
+    if not 1 <= count <= MOST:
         options.refuse(COUNT.name, f"is {count}", f"1 to {MOST} feed-forwards are expressed")
         count = 1
     inner, dim = INNER.load(options), DIM.load(options)
