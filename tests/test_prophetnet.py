@@ -72,7 +72,7 @@ def corrected() -> Iterator[None]:
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     (MODEL, {}),
-    (MODEL, {"ngram": 3, "relative_max_distance": 9, **UNEVEN}),
+    (MODEL, {"ngram": 3, "relative_max_distance": 9, "decoder_start_token_id": None, **UNEVEN}),
     (GENERATION, {}),
     (GENERATION, {"ngram": 1}),
     (GENERATION, {"ngram": 4, "num_buckets": 32, "relative_max_distance": 128}),

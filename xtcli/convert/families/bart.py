@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtcli.convert.families.common import PROBLEM, activation, labels, pad, token
+from xtcli.convert.families.common import PROBLEM, activation, labels, pad, starts, token
 from xtcli.convert.family import Drop, Family, Form, Shapes
 from xtcli.convert.options import Key, table
 from xtcli.convert.rules import Rule, Unit, layer, one
@@ -72,7 +72,7 @@ def _template(form: Form) -> dict[str, Any]:
 
 BOTH = {
     "kind": "encoder-decoder",
-    "start": Key("decoder_start_token_id", int, 2),
+    "start": starts(2),
     "first": Key("forced_bos_token_id", int, None),
     "last": token("forced_eos_token_id", 2),
     "copies": True,

@@ -127,6 +127,16 @@ def token(name: str, usual: int) -> Custom:
     return Custom(load, lambda value, found: found.update({name: value}))
 
 
+def starts(usual: int) -> Custom:
+    """The token that decoded texts start with, `usual` where it is left out; null is the one that texts begin with."""
+
+    def load(options: Options) -> int | None:
+        value = given(options, START.name, int, usual)
+        return options.get("bos_token_id", int, None) if value is None else int(value)
+
+    return Custom(load, lambda value, found: found.update({START.name: value}))
+
+
 def pad(usual: int) -> Custom:
     """The padding token of families that have one where none is named."""
     return token(PAD.name, usual)

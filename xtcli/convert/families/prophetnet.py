@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xtcli.convert.families.common import PAD, activation, pad
+from xtcli.convert.families.common import PAD, activation, pad, starts
 from xtcli.convert.family import Family, Form
 from xtcli.convert.options import Custom, Key, Options, Part, Switch, Unexpressed, table
 from xtcli.convert.rules import Rule, layer, one
@@ -111,7 +111,7 @@ def _template(form: Form) -> dict[str, Any]:
 
 BOTH = {
     "kind": "encoder-decoder",
-    "start": Key("decoder_start_token_id", int, 0),
+    "start": starts(0),
     "encoder": {"embed": READ, "stack": ENCODER},
     "decoder": {"embed": WRITTEN, "stack": DECODER},
 }
