@@ -95,6 +95,8 @@ FIRST: list[dict[str, Any]] = [
     {"embedding_size": 10, "type_vocab_size": 2, **BOTH},
     {**BOTH, "max_relative_positions": 1, "pad_token_id": None},
     {"is_decoder": True, "add_cross_attention": True, "padding_idx": 0, "pad_token_id": -1},
+    {"pos_att_type": "none"},
+    {"relative_attention": True, "pos_att_type": "c2p|none"},
 ]
 SECOND: list[dict[str, Any]] = [
     *FIRST[:7],

@@ -37,22 +37,25 @@ class Version:
         self.hidden = Key("intermediate_size", int, hidden)
         self.second = kind.endswith("2")
 
-    def terms(self, options: Options) -> list[str]:
-        """The entries of `pos_att_type`, a list or a text with bars."""
+    def terms(self, options: Options) -> tuple[list[str], int]:
+        """The entries of `pos_att_type`, a list or a text with bars, and how many count in the scale.
+
+        In the first version 'none' is counted as well.
+        """
         stated = options.values.get("pos_att_type")
         options.used.add("pos_att_type")
         if isinstance(stated, str):
             stated = [word.strip() for word in stated.lower().split("|")]
-        if stated is not None and (not isinstance(stated, list) or not set(stated) <= set(TERMS)):
+        if stated is not None and (not isinstance(stated, list) or not set(stated) <= {*TERMS, "none"}):
             options.refuse("pos_att_type", f"is {stated!r}", "it is a list of c2p and p2c")
             stated = None
         found = [term for term in TERMS if term in (stated or [])]
-        if stated and len(stated) != len(found):
+        if stated and len(stated) != len(set(stated)):
             options.refuse("pos_att_type", f"names a term twice: {stated!r}", "name each once")
-        return found
+        return found, len(found) if self.second else len(stated or ())
 
     def attention(self, options: Options) -> dict[str, Any]:
-        terms, relative = self.terms(options), RELATIVE.load(options)
+        (terms, counted), relative = self.terms(options), RELATIVE.load(options)
         heads, dim = self.heads.load(options), self.dim.load(options)
         width = given(options, "attention_head_size", int, None) if self.second else None
         if width is not None and width * heads != dim:
@@ -64,7 +67,7 @@ class Version:
             "dropout": ATTENTION_DROPOUT.load(options),
             "distance_dropout": DROPOUT.load(options),
             "terms": terms if relative else [],
-            "scale": (float(width or dim // heads) * (1 + len(terms))) ** -0.5,
+            "scale": (float(width or dim // heads) * (1 + counted)) ** -0.5,
             "span": None if not relative else span if span >= 1 else CONTEXT.load(options),
             "key_bias": self.second,
             "distance_bias": self.second,
