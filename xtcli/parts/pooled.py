@@ -188,8 +188,8 @@ class SequenceLabels(Head):
             "one",
         )
         several: Literal["many", "shares"] = field(
-            "what a target for each label means where `problem` is null: any number of labels, or the share of each; "
-            "with shares a single target is one label whatever its type, and one below 0 is none",
+            "a target for each label where `problem` is null: any number of them, or shares; then one target is a label "
+            "whatever its type, below 0 none",
             "many",
         )
 
@@ -228,8 +228,7 @@ class SequenceLabels(Head):
             targets = targets.long().masked_fill(targets < 0, IGNORE)
         if problem == "one":
             return cross_entropy(logits, targets.reshape(-1))
-        wanted = targets.reshape(logits.shape).float()
-        count = torch.tensor(logits.numel(), device=logits.device)
+        wanted, count = targets.reshape(logits.shape).float(), torch.tensor(logits.numel(), device=logits.device)
         if problem == "number":
             return Term(F.mse_loss(logits, wanted, reduction="sum"), count)
         return Term(F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), count)
