@@ -188,7 +188,7 @@ class SequenceLabels(Head):
             "one",
         )
         several: Literal["many", "shares"] = field(
-            "a target for each label where `problem` is null: any number of them, or shares; then one target is a label "
+            "a target for each label where `problem` is null: any number of them, or shares; then one is a label "
             "whatever its type, below 0 none",
             "many",
         )
