@@ -65,6 +65,7 @@ CASES = [
     Case("BigBirdForMaskedLM", {"block_size": 64, "num_random_blocks": 3}),
     Case("BigBirdForCausalLM", FULL | DECODES),
     Case("BigBirdForCausalLM", DECODES | {"block_size": 16}),
+    Case("BigBirdForCausalLM", DECODES, (1, 17, 32)),
     Case("BigBirdForCausalLM"),
     Case("BigBirdForQuestionAnswering", {"sep_token_id": 60, "num_random_blocks": 3}, pooling=True),
     Case("LongT5Model"),
@@ -121,7 +122,6 @@ REFUSED = {
     "windows": ("LongformerForMaskedLM", {}, {"attention_window": [8, 8, 8]}, "attention_window"),
     "causal windows": ("LongformerForMaskedLM", {}, {"is_decoder": True}, "is_decoder"),
     "kind": ("BigBirdForMaskedLM", {}, {"attention_type": "sparse"}, "attention_type"),
-    "sparse decoder": ("BigBirdForCausalLM", FULL | DECODES, {"attention_type": "block_sparse"}, "attention_type"),
     "crossed": ("BigBirdForCausalLM", FULL | DECODES, {"add_cross_attention": True}, "add_cross_attention"),
     "no kind": ("LongT5Model", {}, {"encoder_attention_type": "global"}, "encoder_attention_type"),
     "causal side": ("LongT5EncoderModel", {}, {"is_decoder": True}, "is_decoder"),
@@ -150,3 +150,9 @@ def test_worst_difference_is_far_from_the_tolerance() -> None:
     parameter.data = parameter.detach() * 1.5
     given = feeds(Case("LongformerForMaskedLM"), theirs)["length 61 global"]
     assert difference(theirs, ours, given)["logits"] < TOLERANCE < 1e-3 < difference(theirs, wrong, given)["logits"]
+
+
+def test_a_decoder_of_blocks_refuses_texts_whose_future_the_reference_would_show() -> None:
+    ours = converted(reference(Case("BigBirdForCausalLM", DECODES)))
+    with pytest.raises(UserError, match="37 tokens"):
+        ours(input_ids=torch.zeros(1, 37, dtype=torch.long))

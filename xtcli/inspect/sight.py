@@ -72,7 +72,7 @@ class Views:
 def rule_words(rule: Config) -> str:
     """A mask's rule as text: `window(left=3, right=0)`."""
     names = getattr(part_of(rule), "rule_fields", type(rule).model_fields)
-    fields = {name: getattr(rule, name) for name in names}
+    fields = {name: getattr(rule, name) for name in names if getattr(rule, name) is not None}
     if not fields:
         return rule.kind
     inner = []

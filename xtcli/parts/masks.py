@@ -20,6 +20,7 @@ from pydantic import Strict
 from torch import Tensor
 
 from xtcli import registry
+from xtcli.errors import refuse
 from xtcli.parts.context import Ctx, Visible
 from xtcli.registry import Config, Slot, field, part, part_of
 
@@ -51,6 +52,8 @@ class Causal(Mask):
 
     class Config(registry.Config):
         """Only the past and oneself."""
+
+        most: int | None = field("texts of more tokens are refused; null: of any length", None, gt=0, tiny=128)
 
     @staticmethod
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -163,6 +166,12 @@ def aligned(rule: Config) -> bool:
     return part_of(rule).aligned or any(aligned(one) for one in getattr(rule, "of", ()))
 
 
+def limit(rule: Any) -> int | None:
+    """The most tokens of a text for which a rule is made; None where it is made for any."""
+    limits = [getattr(rule, "most", None), *(limit(member) for member in getattr(rule, "of", ()))]
+    return min((bound for bound in limits if bound is not None), default=None)
+
+
 def settled(rule: Any, causal: bool) -> Config:
     """The rule with what it inherits put in its place."""
     if rule.kind == "inherit":
@@ -187,9 +196,12 @@ def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: boo
     """The rule, the padding, the documents and an additive bias as one mask for the kernel.
 
     `queries` is T; S is the width of `ctx.keys`. `dense` asks for a stored mask even where the
-    kernel could do without.
+    kernel could do without. Raises UserError for a text that the rule is not made for.
     """
     span = ctx.keys.shape[1]
+    most = limit(rule)
+    if most is not None and span - ctx.prefix > most:
+        raise refuse(f"a text has {span - ctx.prefix} tokens, and the mask is made for {most}", "shorten it")
     plain = ctx.keep is None and ctx.documents is None and bias is None and not dense
     if plain and rule.kind == "full":
         return Visible()

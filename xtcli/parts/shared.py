@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.parts.context import Ctx
-from xtcli.parts.masks import render
+from xtcli.parts.masks import limit, render
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.scores import Sizes
 from xtcli.registry import Config, part_of
@@ -97,9 +97,9 @@ class Shared(nn.Module):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens that the biases can tell apart, or None."""
-        limits = (getattr(bias, "limit", None) for bias in self.biases)
-        return min((limit for limit in limits if limit is not None), default=None)
+        """The most tokens that the biases can tell apart and the masks are made for, or None."""
+        limits = (*(getattr(bias, "limit", None) for bias in self.biases), *(limit(view.rule) for view in self.views))
+        return min((bound for bound in limits if bound is not None), default=None)
 
     def _enter(self, modules: nn.ModuleList, key: object, make: object) -> int:
         if key not in self._known:

@@ -1,7 +1,7 @@
 """BigBird: a BERT of blocks, or of full attention where `attention_type` says so, and where it is a decoder.
 
-The reference reads a text in full where its blocks would reach nearly all of it; a decoder of blocks is one only on
-such texts, and is taken for one of full attention where its places allow no other.
+The reference reads a text in full where its blocks would reach nearly all of it. A decoder of blocks is one only on
+such texts: on longer ones its blocks would see the future, so that these are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xtcli.convert.families.bert import ATTENTION_DROPOUT, CLASSIFIER_DROPOUT, C
 from xtcli.convert.families.common import LABELS, activation, counts_up, is_zero, pad
 from xtcli.convert.families.roberta import sequence
 from xtcli.convert.family import Drop, Family, Form, Shapes
-from xtcli.convert.options import Custom, Key, Options, table
+from xtcli.convert.options import Custom, Key, Options, Unexpressed, table
 from xtcli.convert.rules import Rule, layer
 from xtcli.registry import Config
 
@@ -43,14 +43,9 @@ def _attention(options: Options) -> dict[str, Any]:
         options.refuse(TYPE, f"is {stated!r}", "it is block_sparse or original_full")
     common = {"heads": HEADS.load(options), "bias": BIAS.load(options), "out_bias": True}
     common["dropout"] = ATTENTION_DROPOUT.load(options)
-    if stated != "block_sparse" or decoder:
-        full = (5 + 2 * random) * block
-        if stated == "block_sparse" and CONTEXT.load(options) > full:
-            options.refuse(
-                TYPE,
-                f"is 'block_sparse' in a decoder, which then sees the future of texts beyond {full} tokens",
-                "set attention_type to original_full",
-            )
+    if stated == "block_sparse" and decoder:
+        return {"kind": "attention", **common, "mask": {"kind": "causal", "most": (5 + 2 * random) * block}}
+    if stated != "block_sparse":
         return {"kind": "attention", **common}
     return {"kind": "block-sparse", **common, "block": block, "random": random}
 
@@ -59,8 +54,14 @@ def _write_attention(value: Any, found: dict[str, Any]) -> None:
     blocks = value["kind"] == "block-sparse"
     found |= {TYPE: "block_sparse" if blocks else "original_full", "use_bias": value["bias"]}
     found |= {"num_attention_heads": value["heads"], "attention_probs_dropout_prob": value["dropout"]}
+    most = value.get("mask", {}).get("most")
     if blocks:
         found |= {"block_size": value["block"], "num_random_blocks": value["random"]}
+    elif most is not None:
+        random = next((count for count in (3, 2, 1, 0) if most % (5 + 2 * count) == 0), None)
+        if random is None:
+            raise Unexpressed(f"no blocks make texts of {most} tokens the longest that are read in full")
+        found |= {TYPE: "block_sparse", "block_size": most // (5 + 2 * random), "num_random_blocks": random}
 
 
 FFN = {"kind": "mlp", "hidden": Key("intermediate_size", int, 3072), "act": ACT}
