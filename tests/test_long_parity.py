@@ -65,7 +65,7 @@ CASES = [
     Case("BigBirdForMaskedLM", {"block_size": 64, "num_random_blocks": 3}),
     Case("BigBirdForCausalLM", FULL | DECODES),
     Case("BigBirdForCausalLM", DECODES | {"block_size": 16}),
-    Case("BigBirdForCausalLM", DECODES, (1, 17, 32)),
+    Case("BigBirdForCausalLM", DECODES | {"block_size": 6}, (1, 17, 48)),
     Case("BigBirdForCausalLM"),
     Case("BigBirdForQuestionAnswering", {"sep_token_id": 60, "num_random_blocks": 3}, pooling=True),
     Case("LongT5Model"),
