@@ -8,27 +8,16 @@ Sentinels are the tokens <extra_id_0>, <extra_id_1> ... of span corruption (T5).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xtcli.data import vocabularies
 from xtcli.data.decode import Decoder, byte_letters
+from xtcli.data.roles import CUSTOMARY, FILE, MAP, ROLES, SETTINGS, content, read_json
 from xtcli.errors import refuse
 
-FILE, SETTINGS, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
-CUSTOMARY = {
-    "pad": ("[PAD]", "<pad>", "<|pad|>"),
-    "unk": ("[UNK]", "<unk>"),
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
-    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "cls": ("[CLS]", "<cls>"),
-    "sep": ("[SEP]", "<sep>"),
-    "mask": ("[MASK]", "<mask>"),
-}
-"""Names that say their role where no file does."""
 LIMIT = 1 << 30
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -102,9 +91,7 @@ def _library(file: Path) -> Any:
 
 def _older(path: Path) -> Any:
     """The tokenizer of a folder without a tokenizer.json, from the files that came before it."""
-    from xtcli.data.vocabularies import build
-
-    made = build(path) if path.is_dir() else None
+    made = vocabularies.build(path) if path.is_dir() else None
     if made is None:
         cause = f"holds no {FILE}" if path.is_dir() else "no such file or folder"
         raise refuse(cause, f"give a {FILE} of the tokenizers library or its folder", place=str(path))
@@ -114,23 +101,3 @@ def _older(path: Path) -> Any:
 def _customary(role: str, library: Any) -> str | None:
     added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     return next((name for name in CUSTOMARY[role] if name in added), None)
-
-
-def content(token: Any) -> str | None:
-    """A token as transformers writes it: a string or a map."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A map from a JSON file, empty where there is none; raises UserError for anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise refuse(f"is not JSON ({error})", "repair or remove it", place=str(file)) from None
-    if not isinstance(found, dict):
-        raise refuse("is not a map of settings", "repair or remove it", place=str(file))
-    return found

@@ -29,6 +29,7 @@ import numpy as np
 from xtcli import registry
 from xtcli.data import special as roles
 from xtcli.data.decode import Decoder, StreamDecoder
+from xtcli.data.roles import FILE, SETTINGS
 from xtcli.data.text import LONE, is_valid, to_bytes
 from xtcli.errors import UserError, refuse
 from xtcli.registry import field, part
@@ -151,8 +152,8 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too."""
         extra = [self.library.id_to_token(id) for id in self.sentinels]
         settings = roles.settings(self.names, extra, self.settings)
-        (folder / roles.FILE).write_text(self.library.to_str(pretty=True) + "\n", encoding="utf-8")
-        (folder / roles.SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(self.library.to_str(pretty=True) + "\n", encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @cached_property
     def digest(self) -> str:

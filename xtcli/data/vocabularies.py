@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtcli.data import special as roles
+from xtcli.data import roles
 from xtcli.data.decode import byte_letters
 from xtcli.errors import refuse
 

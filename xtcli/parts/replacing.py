@@ -28,9 +28,9 @@ from xtcli.errors import refuse
 from xtcli.parts import norms
 from xtcli.parts.context import Ctx, Ledger
 from xtcli.parts.embed import STAGES, Factorised, NoPlaces, Tokens
-from xtcli.parts.graphs import Encoder, OneStack
 from xtcli.parts.heads import Hidden
 from xtcli.parts.linear import widen
+from xtcli.parts.onestack import Encoder, OneStack
 from xtcli.parts.outputs import IGNORE, Term
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.stack import StackSlot

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xtcli.config.library import RECORDED
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.convert.same import difference
-from xtcli.data.special import FILE
+from xtcli.data.roles import FILE
 from xtcli.data.tokenizers import File, Tokenizer
 from xtcli.errors import Problem, UserError, nearest, refuse
 from xtcli.model import find_checkpoint
