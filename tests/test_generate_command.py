@@ -80,7 +80,22 @@ def test_drawn_seed_repeats_the_text(xt: Any) -> None:
 
 
 def test_json(xt: Any) -> None:
-    run = xt("--ckpt", "gpt2-nano", "--prompt", "a", "--prompt", "b", "-n", 2, "--max-tokens", 6, "--seed", 1, "--json", "--lens")
+    run = xt(
+        "--ckpt",
+        "gpt2-nano",
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "-n",
+        2,
+        "--max-tokens",
+        6,
+        "--seed",
+        1,
+        "--json",
+        "--lens",
+    )
     answer = json.loads(run.out)
     assert set(answer) == {"task", "checkpoint", "device", "dtype", "seed", "results", "timings", "notes"}
     assert (answer["task"], answer["device"], answer["dtype"]) == ("continue", "cpu", "fp32")
