@@ -50,7 +50,7 @@ SLOW: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "write", "options"), SLOW, ids=str)
+@pytest.mark.parametrize(("name", "write", "options"), SLOW, ids=lambda value: "" if callable(value) else str(value))
 @pytest.mark.parametrize("added", [[], ["zebra", "gnu"]], ids=str)
 def test_ids_are_the_reference_s(
     name: str, write: Any, options: dict[str, Any], added: list[str], tmp_path: Path
