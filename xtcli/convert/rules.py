@@ -85,6 +85,22 @@ class Transpose:
         return [tensor.t() for tensor in ours]
 
 
+def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """Tensors end to end along `axis`, which may be on the meta device."""
+    first = tensors[0]
+    if not first.is_meta:
+        return torch.cat(list(tensors), axis)
+    # There PyTorch's own would first load the decompositions of all operators, which takes a second or two.
+    shape = list(first.shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    if any(
+        tensor.shape[:axis] + tensor.shape[axis + 1 :] != first.shape[:axis] + first.shape[axis + 1 :]
+        for tensor in tensors
+    ):
+        raise AssertionError(f"{[tuple(tensor.shape) for tensor in tensors]} do not fit along axis {axis}")
+    return first.new_empty(shape)
+
+
 @dataclass(frozen=True)
 class Split:
     """One of theirs is ours end to end along `axis`."""
@@ -96,7 +112,7 @@ class Split:
         return list(whole.split([tensor.shape[self.axis] for tensor in like], self.axis))
 
     def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(ours), self.axis)]
+        return [joined(ours, self.axis)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Interleave:
         return [piece.flatten(0, 1) for piece in pieces]
 
     def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in ours], 1).flatten(0, 1)]
+        return [joined([tensor.unflatten(0, (self.groups, -1)) for tensor in ours], 1).flatten(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ class Stack:
     """A numbered series of theirs is one of ours."""
 
     def forward(self, theirs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.stack(list(theirs))]
+        return [joined([tensor[None] for tensor in theirs], 0)]
 
     def backward(self, ours: Sequence[Tensor]) -> list[Tensor]:
         (whole,) = ours
