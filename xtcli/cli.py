@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from xtcli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UserError
+from xtcli.pages import keep_pages
 
 MAX_SHOWN = 50
 """Mistakes printed at most; the rest is counted."""
@@ -110,6 +111,7 @@ def main() -> NoReturn:
     # Threads that spin while they wait for each other take the core from the one they wait for, as soon as
     # another program runs. OpenMP reads this when torch is loaded, and the user's own choice stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_pages()
     try:
         app()
     except UserError as error:

@@ -1,0 +1,44 @@
+"""Freed memory is kept where the C library is glibc, unless the user has chosen otherwise."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from xtcli.pages import CHOICES
+
+ASK = "from xtcli.pages import keep_pages; print(keep_pages())"
+FAULTS = """
+import resource
+import numpy
+from xtcli.pages import keep_pages
+keep_pages()
+def faults():
+    numpy.ones(2**24)  # 128 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first, second = faults(), faults()
+print(faults() - second)
+"""
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+
+
+def said(code: str, **more: str) -> str:
+    bare = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    run = subprocess.run([sys.executable, "-c", code], env=bare | more, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@glibc
+def test_a_choice_of_the_user_stays() -> None:
+    assert said(ASK) == "True"
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
+        assert said(ASK, **{name: "65536"}) == "False"
+
+
+@glibc
+def test_a_large_block_is_given_out_again_with_its_pages() -> None:
+    assert int(said(FAULTS)) < 16
