@@ -22,19 +22,21 @@ MAX_SHOWN = 50
 
 
 class Entry(NamedTuple):
-    """Where a command's function `command` is, and what `xt --help` says of it."""
+    """Where a command's function `command` is, what `xt --help` says of it, and whether it runs models: one that does
+    makes large tensors over and over, and keeps their memory."""
 
     module: str
     help: str
+    runs: bool = False
 
 
 COMMANDS = {
-    "train": Entry("xtcli.commands.train", "Train a preset, or go on with a run."),
-    "generate": Entry("xtcli.commands.generate", "Continue, fill or map a text with a trained model."),
+    "train": Entry("xtcli.commands.train", "Train a preset, or go on with a run.", True),
+    "generate": Entry("xtcli.commands.generate", "Continue, fill or map a text with a trained model.", True),
     "build": Entry("xtcli.commands.build", "Write a preset's model with fresh weights."),
     "convert": Entry("xtcli.commands.convert", "Bring a transformers checkpoint in, or give one back."),
     "inspect": Entry("xtcli.commands.inspect", "List presets; show what one is and where each value comes from."),
-    "bench": Entry("xtcli.commands.bench", "Measure attention, training and generation; race architectures."),
+    "bench": Entry("xtcli.commands.bench", "Measure attention, training and generation; race architectures.", True),
 }
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -45,11 +47,13 @@ class LazyCommand(TyperCommand):
 
     def __init__(self, name: str, entry: Entry) -> None:
         super().__init__(name, help=entry.help)
-        self.module = entry.module
+        self.entry = entry
 
     def load(self) -> Any:
         """The real command."""
-        command = importlib.import_module(self.module).command
+        if self.entry.runs:
+            keep_pages()
+        command = importlib.import_module(self.entry.module).command
         if isinstance(command, typer.Typer):
             return typer.main.get_command(command)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
@@ -111,7 +115,6 @@ def main() -> NoReturn:
     # Threads that spin while they wait for each other take the core from the one they wait for, as soon as
     # another program runs. OpenMP reads this when torch is loaded, and the user's own choice stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_pages()
     try:
         app()
     except UserError as error:
