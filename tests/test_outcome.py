@@ -19,9 +19,7 @@ from xtcli.train.outcome import Outcome
 STEPS = 6
 
 
-def trainer_of(
-    monkeypatch: pytest.MonkeyPatch, ahead: bool, poison: int | None, *overrides: str
-) -> tuple[Trainer, Any]:
+def trainer_of(ahead: bool, poison: int | None, *overrides: str) -> tuple[Trainer, Any]:
     """A trainer of a tiny model whose gradients are infinite at step `poison`, and its one batch."""
     resolved = load_preset("gpt2-nano", [*overrides, "train.validate_every=0", "train.save_every=0"], tiny=True)
     place = choose(resolved.preset.train)
@@ -49,10 +47,10 @@ def weights(trainer: Trainer) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
-def test_looking_later_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_later_changes_nothing() -> None:
     ends = []
     for ahead in (False, True):
-        trainer, (batch, _) = trainer_of(monkeypatch, ahead, None)
+        trainer, (batch, _) = trainer_of(ahead, None)
         assert [trainer.step(batch) for _ in range(STEPS)] == [0] * STEPS
         assert trainer.settle() == 0
         ends.append(weights(trainer))
@@ -60,8 +58,8 @@ def test_looking_later_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_stops_with_the_weights_before_the_step(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
-    trainer, (batch, heard) = trainer_of(monkeypatch, ahead, 4)
+def test_stops_with_the_weights_before_the_step(ahead: bool) -> None:
+    trainer, (batch, heard) = trainer_of(ahead, 4)
     for _ in range(3):
         assert trainer.step(batch) == 0
     before = weights(trainer)
@@ -79,8 +77,8 @@ def test_stops_with_the_weights_before_the_step(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_skips_one_step_and_counts_it(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
-    trainer, (batch, heard) = trainer_of(monkeypatch, ahead, 4, "train.on_non_finite=skip")
+def test_skips_one_step_and_counts_it(ahead: bool) -> None:
+    trainer, (batch, heard) = trainer_of(ahead, 4, "train.on_non_finite=skip")
     for step in range(STEPS):
         if step == 3:
             before = weights(trainer)

@@ -322,11 +322,7 @@ class _Generation:
             talk(f"filling masks makes no use of {', '.join(idle)}")
         for note in (*answer.notes, *show.ends(answer)):
             talk(note)
-        timing = answer.timing
-        said = [_speed("prefill", timing.prefill_tokens, timing.prefill_seconds)]
-        if timing.decode_tokens:
-            said.append(_speed("decode", timing.decode_tokens, timing.decode_seconds))
-        talk("; ".join(said))
+        talk(show.speeds(answer.timing))
         if answer.seed is not None and "seed" not in given(self.ctx):
             next_command(f"{again(self.ctx)} --seed {answer.seed}")
         elif answer.task != "fill" and options.beams == 1 and not options.lens:
@@ -338,11 +334,6 @@ class _Generation:
 def talk(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _speed(what: str, tokens: int, seconds: float) -> str:
-    rate = f", {tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
-    return f"{what}: {count(tokens, 'token')} in {seconds:.3g} s{rate}"
 
 
 def _tokenizer(folder: Path, other: Path | None) -> Tokenizer:

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from xtcli.data.tokenizers import StreamDecoder, Tokenizer
-from xtcli.generate.decode import Piece
+from xtcli.generate.decode import Piece, Timing
 from xtcli.generate.fill import Filled
 from xtcli.generate.options import Answer, Written
+from xtcli.objectives.words import count
 
 COLOURS = ((0.8, "green"), (0.5, "cyan"), (0.2, "yellow"), (0.05, "magenta"), (0.0, "red"))
 """Colours of a token from this probability on."""
@@ -137,6 +138,16 @@ def _row(row: Written, tokenizer: Tokenizer) -> dict[str, Any]:
     if row.score is None:
         del line["score"]
     return line
+
+
+def speeds(timing: Timing) -> str:
+    """How fast prompts were read and tokens written."""
+    done = [("prefill", timing.prefill_tokens, timing.prefill_seconds)]
+    if timing.decode_tokens:
+        done.append(("decode", timing.decode_tokens, timing.decode_seconds))
+    rates = [f", {tokens / seconds:,.0f} tokens/s" if seconds > 0 else "" for _, tokens, seconds in done]
+    said = [f"{what}: {count(tokens, 'token')} in {seconds:.3g} s" for what, tokens, seconds in done]
+    return "; ".join(text + rate for text, rate in zip(said, rates, strict=True))
 
 
 def ends(answer: Answer) -> Sequence[str]:
