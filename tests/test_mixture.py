@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from xtcli.config.preset import load_preset
 from xtcli.model import construct, count, count_active, skeleton
+from xtcli.parts import experts as grouped
 from xtcli.parts.context import Ctx, Ledger
-from xtcli.parts.experts import grouped_linear
+from xtcli.parts.experts import blanked, grouped_linear
 from xtcli.parts.graphs import Graph
 from xtcli.parts.moe import MixtureOfExperts
 from xtcli.parts.scope import Refused
@@ -102,6 +103,33 @@ def test_products_pass_gradcheck_and_leave_the_rest_zero() -> None:
     counts = torch.tensor([2, 0, 3, 1])
     assert torch.autograd.gradcheck(lambda x, w: grouped_linear(x, w, counts), (x, weight))
     assert not grouped_linear(x, weight, counts)[6].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [(9, 4, 0, 7), (0, 0, 24, 0), (5, 1, 3, 2)], ids=str)
+def test_the_kernel_for_all_experts_equals_the_loop(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Values and both gradients; the kernel says nothing of rows behind the last, and takes experts without rows."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((24, 16), (4, 8, 16), (24, 8))
+    x, weight, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    number = torch.tensor(counts)
+    found = blanked(grouped.linear_at_once(x, weight, number), number)
+    torch.testing.assert_close(found, grouped.linear_by_one(x, weight, number), rtol=1e-2, atol=1e-5)
+    back = blanked(grouped.linear_at_once(dy, weight.transpose(1, 2), number), number)
+    torch.testing.assert_close(back, grouped.linear_by_one(dy, weight.transpose(1, 2), number), rtol=1e-2, atol=1e-5)
+    outer = grouped.outer_at_once(dy, x, number)
+    torch.testing.assert_close(outer, grouped.outer_by_one(dy, x, number), rtol=2e-2, atol=1e-5)
+    assert outer[torch.tensor(counts) > 0].any() and not outer[torch.tensor(counts) == 0].any()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_nothing_but_the_loop_of_products_reads_values_on_the_host(router: str) -> None:
+    """On the meta device there are none: what asks for a value raises."""
+    layer = layers(build(ROUTERS[router]))[0].to("meta")
+    x = torch.randn(2, 8, DIM, device="meta", requires_grad=True)
+    places = torch.arange(8, device="meta")[None]
+    layer(x, Ctx(places, places, ledger=Ledger())).sum().backward()
+    assert x.grad is not None and layer.experts.up.weight.grad is not None  # type: ignore[union-attr]
 
 
 def test_a_token_without_room_goes_past() -> None:

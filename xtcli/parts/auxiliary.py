@@ -130,7 +130,7 @@ class Balance(Auxiliary):
         probs = (routed.probs * real[..., None]).sum(over) / tokens
         value = routed.count * (asked * probs).sum(-1)  # (B,) or ()
         if self.over == "rows":
-            return Term(value.sum(), torch.tensor(len(value), device=value.device), self.weight)
+            return Term(value.sum(), torch.full((), len(value), device=value.device), self.weight)
         return Term(value * real.sum(), real.sum(), self.weight)
 
 

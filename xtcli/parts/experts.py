@@ -6,6 +6,9 @@ Weights of all experts e are one tensor (E, out, in). Rows come sorted by expert
 expert multiplies its own rows and no others (Gale et al. 2022, arXiv:2211.15841). The product is one operator, which
 compiled code does not look into; behind the last counted row it gives zeros. (`torch.library.custom_op` would say the
 same in fewer lines, and load the compiler at the first call.)
+
+One product after the other needs the counts on the host, which makes a GPU wait. Where PyTorch has a kernel for all of
+them at once, in bfloat16 on GPUs of compute capability 9.0, the counts stay where they are.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from xtcli import registry
@@ -30,7 +34,13 @@ DEVICES = ("cpu", "cuda")
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows x (N, I), weights (E, O, I), counts (E,) of the rows of each -> (N, O), zeros behind the last one."""
-    return torch.ops.xtcli.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.xtcli.grouped_linear(x, weight, counts)
+    return y if x.device.type == "cpu" else blanked(y, counts)
+
+
+def blanked(y: Tensor, counts: Tensor) -> Tensor:
+    """Rows y (N, O) with zeros behind the last counted one, in a pass that a compiler joins to what comes next."""
+    return torch.where(torch.arange(len(y), device=y.device)[:, None] < counts.sum(), y, 0.0)
 
 
 def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
@@ -38,8 +48,8 @@ def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return torch.ops.xtcli.grouped_outer(y, x, counts)  # type: ignore[no-any-return]
 
 
-@torch.library.impl("xtcli::grouped_linear", DEVICES)
-def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def linear_by_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear`, one expert after the other; reads the counts on the host."""
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
     for matrix, end in zip(weight, counts.cumsum(0).tolist(), strict=True):
@@ -49,8 +59,8 @@ def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@torch.library.impl("xtcli::grouped_outer", DEVICES)
-def _outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+def outer_by_one(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_outer`, one expert after the other; reads the counts on the host."""
     out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
     start = 0
     for matrix, end in zip(out, counts.cumsum(0).tolist(), strict=True):
@@ -58,6 +68,44 @@ def _outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
             torch.mm(y[start:end].t(), x[start:end], out=matrix)
         start = end
     return out
+
+
+def linear_at_once(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` by one kernel; what is behind the last counted row may be anything."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts))
+
+
+def outer_at_once(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_outer` by one kernel."""
+    return F.grouped_mm(y.t(), x, offs=_ends(counts))
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def fits_at_once(*operands: Tensor) -> bool:
+    """Whether one kernel multiplies these: bfloat16, compute capability 9.0, rows that begin at 16 bytes."""
+    device = operands[0].device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return all(x.dtype == torch.bfloat16 and _aligned(x) for x in operands)
+
+
+def _aligned(x: Tensor) -> bool:
+    step = 16 // x.itemsize
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if stride != 1 and size > 1]
+    return x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
+
+
+@torch.library.impl("xtcli::grouped_linear", DEVICES)
+def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return (linear_at_once if fits_at_once(x, weight) else linear_by_one)(x, weight, counts)
+
+
+@torch.library.impl("xtcli::grouped_outer", DEVICES)
+def _outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return (outer_at_once if fits_at_once(y, x) else outer_by_one)(y, x, counts)
 
 
 @torch.library.register_fake("xtcli::grouped_linear")  # type: ignore[untyped-decorator]
@@ -117,7 +165,9 @@ class ExpertLinear(nn.Module):
             return y
         places = torch.arange(len(x), device=x.device)
         owner = torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)
-        return y + self.bias[owner].to(y.dtype)
+        # As a product, since the gradient of an index would add rows one by one.
+        chosen = F.one_hot(owner, len(counts)).to(y.dtype)
+        return y + chosen @ self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"experts={self.weight.shape[0]}, in={self.in_features}, out={self.weight.shape[1]}"

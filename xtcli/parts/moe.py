@@ -65,13 +65,53 @@ def dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: Any, most: int) -
 
     `run` are the experts; a number beyond the last is none. At most `most` of the N x K pairs have one.
     """
-    choices, count = experts.shape[1], run.count
+    count = run.count
     flat = experts.flatten()  # pair i belongs to token i // K
     order = flat.argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     counts = (flat[:, None] == torch.arange(count, device=x.device)).sum(0)
-    made = run(x[order[:most] // choices], counts)
-    places = order.argsort()  # where each pair stands in the sorted rows
-    pairs = made[places.clamp(max=most - 1)].unflatten(0, (-1, choices))  # (N, K, D)
+    rows: Tensor = Sorted.apply(x, order[:most], places, experts.shape[1])  # type: ignore[no-untyped-call]
+    made: Tensor = Returned.apply(run(rows, counts), order[:most], places)  # type: ignore[no-untyped-call]
+    pairs = made.unflatten(0, experts.shape)  # (N, K, D)
     shares = weights.masked_fill(experts >= count, 0.0)
     total: Tensor = (pairs * shares[..., None].to(pairs.dtype)).sum(1)
     return total.to(x.dtype)
+
+
+class Sorted(torch.autograd.Function):
+    """The token of each pair, in the order of their experts: x (N, D) -> (M, D).
+
+    `order` (M,) are the pairs in that order, `places` (N K,) where each pair stands in it, M or more where it does not.
+    The gradient of an index would add rows one by one; here every row that is added is known, and the sum has an order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.choices, ctx.most = choices, len(order)
+        return x[order // choices]
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (places,) = ctx.saved_tensors
+        pairs = slope[places.clamp(max=ctx.most - 1)]
+        if ctx.most < len(places):
+            pairs = torch.where((places < ctx.most)[:, None], pairs, 0.0)
+        return pairs.unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+
+
+class Returned(torch.autograd.Function):
+    """What was made for each pair, in the order of the tokens: (M, D) -> (N K, D); see `Sorted`.
+
+    A pair without an expert gets what stands last, and no gradient comes from it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return made[places.clamp(max=len(made) - 1)]
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return slope[order], None, None
