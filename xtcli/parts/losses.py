@@ -25,6 +25,8 @@ from xtcli.parts.outputs import IGNORE, Term
 SLAB_BYTES = {"cpu": 2**27}
 """Bytes of the logits of a slab by type of device: what fits a cache badly anyway, and feeds the cores well."""
 USUAL_SLAB_BYTES = 2**30
+SLAB_SHARE = 16
+"""A slab takes no more than one part in so many of a GPU's memory: each slab has the gradient of the weight added."""
 ALIGN = 64
 """Rows of the vocabulary come in multiples of this on a GPU, whose 16-bit products are slow at odd widths."""
 
@@ -59,10 +61,16 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
     return loss, torch.where(real[:, None], slope, 0.0).to(logits.dtype)
 
 
+def slab_bytes(device: str) -> int:
+    """The most bytes of the logits of a slab on a device of this type."""
+    if device == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) // SLAB_SHARE
+    return SLAB_BYTES.get(device, USUAL_SLAB_BYTES)
+
+
 def slab_rows(rows: int, width: int, itemsize: int, device: str) -> int:
     """Rows of a slab, equal shares of `rows` whose logits of `width` entries stay within the limit."""
-    limit = SLAB_BYTES.get(device, USUAL_SLAB_BYTES)
-    most = max(limit // max(width * itemsize, 1), 1)
+    most = max(slab_bytes(device) // max(width * itemsize, 1), 1)
     shares = max(-(-rows // most), 1)
     return max(-(-rows // shares), 1)
 
@@ -90,19 +98,21 @@ class SlabLoss(torch.autograd.Function):
         b = None if bias is None else F.pad(bias.to(narrow), (0, filled))
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         dx = torch.empty_like(x) if for_states else None
+        size = slab_rows(x.shape[0], w.shape[0], narrow.itemsize, kind)
         # Sums over slabs are kept in at least float32: 16 bits would lose what a slab adds to many before it.
-        dw = torch.zeros_like(w, dtype=_at_least_single(narrow)) if for_weight else None
+        single = x.shape[0] <= size
+        dw = torch.zeros_like(w, dtype=_at_least_single(narrow)) if for_weight and not single else None
         db = torch.zeros(w.shape[0], dtype=_at_least_single(narrow), device=w.device) if for_bias else None
         total = torch.zeros((), dtype=_at_least_single(narrow), device=x.device)
-        size = slab_rows(x.shape[0], w.shape[0], narrow.itemsize, kind)
-        for start in range(0, x.shape[0], size):
+        for start in range(0, max(x.shape[0], 1), size):
             some = x[start : start + size]
             loss, slope = terms(F.linear(some, w, b), targets[start : start + size], cap, smoothing, vocab)
             total += loss
             if dx is not None:
                 torch.mm(slope, w, out=dx[start : start + size])
-            if dw is not None:
-                dw += slope.t() @ some
+            if for_weight:
+                share = slope.t() @ some
+                dw = share if dw is None else dw.add_(share)
             if db is not None:
                 db += slope.sum(0, dtype=db.dtype)
         ctx.types = states.dtype, weight.dtype, None if bias is None else bias.dtype

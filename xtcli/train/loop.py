@@ -27,10 +27,11 @@ from xtcli.runs.state import Progress, Stateful, collect, stateful
 from xtcli.train.carry import Carried
 from xtcli.train.job import Job
 from xtcli.train.lines import Done, other_unit
-from xtcli.train.optim import build_optimizer, clip, set_rate
+from xtcli.train.optim import build_optimizer, set_rate
 from xtcli.train.outcome import Outcome, search
 from xtcli.train.schedules import schedule
 from xtcli.train.signals import Stopper
+from xtcli.train.update import update_for
 from xtcli.train.view import View
 from xtcli.train.working import Working
 
@@ -43,8 +44,9 @@ class Trainer:
         self.config = job.config
         self.place = job.place
         self.optimizer = build_optimizer(model, self.config)
-        self.working = Working(model, self.place.dtype)
+        self.working = Working(model, self.place.dtype, several=job.plan.micro_batch < self.config.batch)
         self.scaler = self.place.scaler()
+        self.change = update_for(model, self.optimizer, self.working, self.config.clip, self.scaler is not None)
         self.progress = Progress()
         self.rate = schedule(self.config)
         self.done = Done()
@@ -116,9 +118,10 @@ class Trainer:
         code = self.settle()
         if code:
             return code
+        self.change.gather()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = clip(self.model, self.config.clip)
+        norm = self.change.norm()
         outcome = Outcome.of(progress.step + 1, batch, losses, None if self.scaler is not None else norm)
         self.pending = outcome
         if not self.ahead:
@@ -127,7 +130,7 @@ class Trainer:
                 return code
         self.carried.end(not outcome.lost)
         self.update(outcome)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.change.clear()
         progress.step += 1
         progress.cursor += self.config.batch
         progress.tokens += batch.tokens
@@ -150,12 +153,11 @@ class Trainer:
             if not outcome.lost:
                 self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.working.refresh()
         elif self.ahead:
-            self.optimizer.found_inf = outcome.flag  # type: ignore[attr-defined]
-            self.optimizer.step()
+            self.change.apply(outcome.flag)
         elif not outcome.lost:
-            self.optimizer.step()
-        self.working.refresh()
+            self.change.apply()
 
     def settle(self) -> int:
         """Look at the last step that has not been looked at; returns an exit code when it must be the last."""
@@ -169,9 +171,10 @@ class Trainer:
                 progress.step -= 1
                 progress.cursor -= self.config.batch
                 progress.tokens -= outcome.batch.tokens
-                self.optimizer.zero_grad(set_to_none=True)
+                self.change.clear()
                 with self.working.lent():
                     self.backward(outcome.batch)
+            self.working.hand_on()
             self.report_non_finite(outcome)
             return EXIT_NON_FINITE
         progress.skipped += 1

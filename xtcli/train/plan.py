@@ -23,7 +23,7 @@ from xtcli.data.batch import Batch
 from xtcli.model import count_active
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
-from xtcli.parts.losses import SLAB_BYTES, USUAL_SLAB_BYTES
+from xtcli.parts.losses import slab_bytes
 from xtcli.parts.recurrence import remembered
 from xtcli.parts.reversible import keeping
 from xtcli.parts.stack import applied
@@ -130,7 +130,7 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
         flops += int(counter.get_total_flops() * share)
         taken = int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
         logits, slabs = (logits + taken, slabs) if head.terms is None else (logits, slabs + taken)
-    slab = SLAB_BYTES.get(device, USUAL_SLAB_BYTES) * (dtype.itemsize + COPIES) // dtype.itemsize
+    slab = slab_bytes(device) * (dtype.itemsize + COPIES) // dtype.itemsize
     widest, stream = max(sizes, default=0), hidden.states.numel() * 4
     return Cost(flops, sum(sizes), logits, slabs, slab, widest, stream)
 

@@ -3,6 +3,7 @@
 ready             all that a run's config asks for
 join_products     one product in place of several that read the same x: queries, keys and values; gate and up
 compile_blocks    torch.compile of each block and of each head's loss; equal blocks share their code
+slab_kernels      the loss of a slab by a kernel of our own
 checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from xtcli import fast
 from xtcli.config.train import TrainConfig
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import Ctx
@@ -34,6 +36,8 @@ def ready(model: Graph, config: TrainConfig, device: torch.device) -> Graph:
         checkpoint_blocks(model)
     if compiles(config, device):
         compile_blocks(model)
+    if fast.runs_on(device):
+        slab_kernels(model)
     return model
 
 
@@ -95,6 +99,16 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     # limit the compiler would go on without a word to the user, uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * count + 8)
     return count
+
+
+def slab_kernels(model: nn.Module) -> int:
+    """Give heads whose loss is made by slabs the kernel for it; returns how many. For models on a GPU alone."""
+    from xtcli.fast.crossentropy import slab_terms
+
+    heads = [module for module in model.modules() if isinstance(module, Head) and module.terms is not None]
+    for head in heads:
+        head.terms = slab_terms
+    return len(heads)
 
 
 def checkpoint_blocks(model: nn.Module) -> int:

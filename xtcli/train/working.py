@@ -1,9 +1,10 @@
 """Sixteen-bit copies of the weights that products read, made once a step instead of once a product.
 
 Weights and optimizer state stay float32 and are the model's parameters. While a forward and backward pass runs, the
-copies are lent to the modules in their place: they are leaves of the graph, their gradients go on to the float32
-weights as soon as they are there, summed in float32 over micro-batches. Products come out as under autocast alone,
-which would round the same weights at each use; what enters through a table starts the stream in 16 bits.
+copies are lent to the modules in their place: they are leaves of the graph. In a step of several micro-batches their
+gradients are summed in float32 with those of the weights, as they come; those of a single one stay with the copies
+until they are handed on, or are read there. Products come out as under autocast alone, which would round the same weights at
+each use; what enters through a table starts the stream in 16 bits.
 
 A module says by name, in `products`, which of its parameters are read by products or looked up, and nothing else.
 """
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 
 class Working:
-    """The copies of one model in `dtype`; with float32 there are none and nothing changes."""
+    """The copies of one model in `dtype`; with float32 there are none and nothing changes.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    several: whether a step has more than one backward pass.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, several: bool = True) -> None:
         self.masters: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
@@ -36,7 +40,8 @@ class Working:
                 if master not in made:
                     made[master] = copy = nn.Parameter(master.detach().to(dtype), master.requires_grad)
                     if master.requires_grad:
-                        copy.register_post_accumulate_grad_hook(partial(_hand_on, master))
+                        if several:
+                            copy.register_post_accumulate_grad_hook(partial(_hand_on, master))
                         self.masters.append(master)
                         self.copies.append(copy)
                 self.places.append((module, name, master, made[master]))
@@ -46,6 +51,17 @@ class Working:
         if self.copies:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.masters)
+
+    def hand_on(self) -> None:
+        """Give the weights the gradients that the copies still hold."""
+        held = [(master, copy) for master, copy in zip(self.masters, self.copies, strict=True) if copy.grad is not None]
+        for master, copy in held:
+            _hand_on(master, copy)
+
+    def clear(self) -> None:
+        """Forget the gradients of the copies."""
+        for copy in self.copies:
+            copy.grad = None
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -59,7 +75,7 @@ class Working:
                 module._parameters[name] = master
 
 
-def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
+def _hand_on(master: Tensor, copy: Tensor) -> None:
     """Add the gradient of a copy to that of its master."""
     if master.grad is None:
         master.grad = copy.grad.to(master.dtype)  # type: ignore[union-attr]

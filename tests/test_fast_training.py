@@ -1,0 +1,103 @@
+"""Kernels of our own for training, in Triton's interpreter, against their plain twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xtcli.config.preset import load_preset
+from xtcli.model import build
+from xtcli.parts import losses
+from xtcli.parts.outputs import IGNORE
+from xtcli.train.optim import build_optimizer, set_rate
+from xtcli.train.update import FastUpdate, Update
+from xtcli.train.working import Working
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(5, 4100, 4160), (3, 77, 77), (2, 9000, 9024), (0, 8, 8)])
+def test_slabs(rows: int, vocab: int, width: int, cap: float | None, smoothing: float) -> None:
+    from xtcli.fast import crossentropy
+
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, width, generator=generator) * 5
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    targets[1:2] = IGNORE
+    loss, slope = losses.slab_terms(logits.clone(), targets, cap, smoothing, vocab)
+    own_loss, own_slope = crossentropy.slab_terms(logits, targets, cap, smoothing, vocab)
+    torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(own_slope, slope, rtol=1e-6, atol=1e-7)
+
+
+def test_slabs_of_far_logits_in_16_bits() -> None:
+    from xtcli.fast import crossentropy
+
+    logits = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 1e4).bfloat16()
+    targets = torch.tensor([0, 299, 7, IGNORE])
+    loss, slope = losses.slab_terms(logits.clone(), targets, None, 0.0, 290)
+    own_loss, own_slope = crossentropy.slab_terms(logits, targets, None, 0.0, 290)
+    torch.testing.assert_close(own_loss, loss)
+    torch.testing.assert_close(own_slope, slope)
+
+
+def trained(kind: Any, dtype: torch.dtype, several: bool, limit: float | None) -> tuple[Any, list[float], nn.Module]:
+    """A model after some steps over drawn gradients, one of them lost and one without some of the gradients."""
+    model = build(load_preset("gpt2-nano", tiny=True), seed=1)
+    resolved = load_preset("gpt2-nano", ["train.weight_decay=0.3"], tiny=True).preset.train
+    optimizer = build_optimizer(model, resolved)
+    working = Working(model, dtype, several)
+    change = kind(model, optimizer, working, limit)
+    generator = torch.Generator().manual_seed(2)
+    norms = []
+    copies = dict(zip(working.masters, working.copies, strict=True))
+    for step in range(5):
+        set_rate(optimizer, 1e-2 * (step + 1))
+        for number, weight in enumerate(model.parameters()):
+            drawn = torch.randn(weight.shape, generator=generator)
+            if step == 0 and number == 1:
+                continue
+            target: Tensor = weight if several else copies.get(weight, weight)
+            target.grad = drawn.to(target.dtype)
+        change.gather()
+        norms.append(float(change.norm()))
+        change.apply(torch.tensor(float(step == 3)))
+        change.clear()
+    return (optimizer, working), norms, model
+
+
+@pytest.mark.parametrize("limit", [None, 1.0, 1e6])
+@pytest.mark.parametrize(("dtype", "several"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_adamw(dtype: torch.dtype, several: bool, limit: float | None) -> None:
+    (plain, _), wanted, one = trained(Update, dtype, several, limit)
+    (own, own_working), found, two = trained(FastUpdate, dtype, several, limit)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=0)
+    for mine, theirs in zip(two.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-7)
+        state, other = own.state[mine], plain.state[theirs]
+        assert set(state) == set(other) and float(state["step"]) == float(other["step"])
+        torch.testing.assert_close(state["exp_avg"], other["exp_avg"], rtol=2e-5, atol=2e-7)
+        torch.testing.assert_close(state["exp_avg_sq"], other["exp_avg_sq"], rtol=2e-5, atol=1e-9)
+    for master, copy in zip(own_working.masters, own_working.copies, strict=True):
+        # The interpreter cuts bits off where a GPU rounds.
+        torch.testing.assert_close(copy.float(), master.detach(), rtol=2**-7, atol=0)
+        assert copy.grad is None and master.grad is None
+
+
+def test_running_values_go_from_one_to_the_other() -> None:
+    (own, working), _, model = trained(FastUpdate, torch.bfloat16, False, 1.0)
+    held = own.state_dict()
+    change = FastUpdate(model, own, working, 1.0)
+    own.load_state_dict(held)
+    for weight, copy in zip(working.masters, working.copies, strict=True):
+        copy.grad = torch.ones_like(copy)
+        assert float(own.state[weight]["step"]) >= 3
+    before = {weight: float(own.state[weight]["step"]) for weight in working.masters}
+    change.norm()
+    change.apply()
+    assert all(float(own.state[weight]["step"]) == step + 1 for weight, step in before.items())
