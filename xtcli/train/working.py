@@ -3,8 +3,8 @@
 Weights and optimizer state stay float32 and are the model's parameters. While a forward and backward pass runs, the
 copies are lent to the modules in their place: they are leaves of the graph. In a step of several micro-batches their
 gradients are summed in float32 with those of the weights, as they come; those of a single one stay with the copies
-until they are handed on, or are read there. Products come out as under autocast alone, which would round the same weights at
-each use; what enters through a table starts the stream in 16 bits.
+until they are handed on, or are read there. Products come out as under autocast alone, which would round the same
+weights at each use; what enters through a table starts the stream in 16 bits.
 
 A module says by name, in `products`, which of its parameters are read by products or looked up, and nothing else.
 """
