@@ -17,7 +17,7 @@ import torch
 from fakes import FakeSplit, FakeTokenizer, documents
 
 from xtcli.data import loader
-from xtcli.data.batch import IGNORE, Batch
+from xtcli.data.batch import IGNORE, Batch, slots
 from xtcli.data.loader import batches, validation_batches
 from xtcli.objectives import CausalLM, MaskedLM, Objective, Pairs, SpanCorruption
 
@@ -204,3 +204,18 @@ def test_tokens_and_padding_add_up() -> None:
             assert batch.tokens + batch.padded == places
             if masks:
                 assert batch.tokens == sum(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots_hold_all_targets_and_seldom_change(kind: str) -> None:
+    batch = next(batches(objective(kind), batch=5, seed=7))
+    moved = batch.to("cpu")
+    assert moved.counts == batch.supervised() == moved.supervised()
+    for head, count in batch.supervised().items():
+        assert count <= batch.slots[head] <= min(batch.targets[head].numel(), count + count // 8 + 1)
+
+
+def test_numbers_of_slots() -> None:
+    assert [slots(n, 10**6) for n in (0, 1, 15, 16, 17, 31, 2457)] == [0, 1, 15, 16, 18, 32, 2560]
+    assert slots(2457, 2500) == 2500
+    assert len({slots(n, 10**6) for n in range(2048, 4097)}) == 9

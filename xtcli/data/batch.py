@@ -26,6 +26,14 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
+def slots(count: int, most: int) -> int:
+    """Places that are kept for `count` targets: at most an eighth more, and `most` of them.
+
+    So rarely a new number, since what is compiled for one number of places is compiled anew for another.
+    """
+    return min(round_up(count, 2 ** max(count.bit_length() - 4, 0)), most)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Rows for one forward pass; tensors are int64, of values that are no ids float32.
@@ -34,6 +42,7 @@ class Batch:
     tokens, padded: positions of `input_ids` and `decoder_input_ids` that are text, and that are padding.
     ids: the index of each row's sample; lengths: text positions of each row (sum = tokens).
     multiple: 0 when the width is fixed; otherwise widths follow the longest row, in steps of this many.
+    counts: what `supervised` says, once it is known; a batch that moves to a device takes it along.
     """
 
     inputs: dict[str, Tensor]
@@ -43,6 +52,7 @@ class Batch:
     ids: list[int]
     lengths: tuple[int, ...] = ()
     multiple: int = 0
+    counts: dict[str, int] | None = None
 
     @classmethod
     def of(
@@ -82,7 +92,14 @@ class Batch:
 
     def supervised(self) -> dict[str, int]:
         """Targets that count, for each head."""
+        if self.counts is not None:
+            return self.counts
         return {head: int((target != IGNORE).sum()) for head, target in self.targets.items()}
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Places to be kept for the targets of each head; see `slots`."""
+        return {head: slots(count, self.targets[head].numel()) for head, count in self.supervised().items()}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
@@ -97,6 +114,7 @@ class Batch:
             self,
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             targets={name: change(tensor) for name, tensor in self.targets.items()},
+            counts=self.supervised(),
         )
 
     def split(self, micro: int) -> list[Batch]:

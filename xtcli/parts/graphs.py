@@ -182,12 +182,15 @@ class Graph(nn.Module):
         """What the losses of routers are divided by, from the inputs of a whole step."""
         return self.auxiliary.units(inputs, self.sides)
 
-    def terms(self, hidden: Hidden, targets: Mapping[str, Tensor]) -> dict[str, Term]:
-        """`losses` of states that are already there."""
+    def terms(
+        self, hidden: Hidden, targets: Mapping[str, Tensor], slots: Mapping[str, int] | None = None
+    ) -> dict[str, Term]:
+        """`losses` of states that are already there; `slots`: at least as many as targets count, for each head."""
         terms = {}
         for name, wanted in targets.items():
             head: Head = self.heads[name]  # type: ignore[assignment]
-            terms[name] = head.loss(self.read_by(name, hidden), wanted)
+            read = self.read_by(name, hidden)
+            terms[name] = head.loss(read if slots is None else read.asked(slots.get(name)), wanted)
         return terms
 
     def blank(self, rows: int, length: int, device: torch.device | None = None) -> dict[str, Tensor]:

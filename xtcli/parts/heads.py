@@ -10,11 +10,12 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xtcli.parts.context import Ledger
 from xtcli.parts.losses import Terms
-from xtcli.parts.outputs import Output, Term
+from xtcli.parts.outputs import IGNORE, Output, Term
 
 
 class Hidden:
@@ -44,6 +45,13 @@ class Hidden:
         self.others: dict[str, Hidden] = {}  # what further towers made, by name
         self.mems: list[Tensor] | None = None  # what the mixers remember, as the field has it
         self.further: Tensor | None = None  # (B, n, T, D) states of streams that know less and answer the same
+        self.slots: int | None = None  # at least as many as targets are asked of it, where the host knows
+
+    def asked(self, slots: int | None) -> Hidden:
+        """The same for a head of which at most so many targets are asked."""
+        made = copy.copy(self)
+        made.slots = slots
+        return made
 
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows (B, ...) as (questions, choices, ...) where there are choices."""
@@ -58,6 +66,26 @@ class Hidden:
         made.states = self.states[:, where]
         made.further = None if self.further is None else self.further[:, :, where]
         return made
+
+
+def supervised(states: Tensor, targets: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
+    """The rows (n, D) of states (..., D) that have targets (...), and those targets (n,).
+
+    On a CPU, and where `slots` is None, n is how many there are. Else n is `slots`, so that a GPU is not waited for and
+    finds the same sizes in each step; rows beyond the last have the target IGNORE.
+    """
+    if slots is None or states.device.type == "cpu":
+        real = targets != IGNORE
+        return states[real], targets[real]
+    return slotted(states, targets, slots)
+
+
+def slotted(states: Tensor, targets: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """`supervised` in so many rows, at least as many as there are targets."""
+    flat = targets.flatten()
+    places = torch.nonzero_static(flat != IGNORE, size=slots, fill_value=-1)[:, 0]
+    aims = flat.index_select(0, places.clamp(min=0)).masked_fill(places < 0, IGNORE)
+    return states.flatten(0, -2).index_select(0, places.clamp(min=0)), aims
 
 
 Labels = Mapping[str, Tensor | None]

@@ -165,7 +165,8 @@ class Alibi(Bias):
             real = ctx.keep if ctx.keep is not None else torch.ones_like(keys, dtype=torch.bool)
             keys = (real.cumsum(-1) - 1) * real
             places = keys[:, ctx.offset : end]
-        slopes = torch.tensor(self.slopes, device=keys.device)[None, :, None, None]
+        # From the host without waiting for the device.
+        slopes = torch.tensor(self.slopes).to(keys.device, non_blocking=True)[None, :, None, None]
         if self.rounded:
             bias = slopes.bfloat16() * keys[:, None, None, :]
             return (bias.float() * self.factor).expand(-1, -1, queries, -1)

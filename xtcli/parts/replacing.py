@@ -156,13 +156,15 @@ class ReplacedToken(OneStack):
         shown[chosen] = drawn(logits, draws[chosen])
         return shown
 
-    def terms(self, hidden: Hidden, targets: Mapping[str, Tensor]) -> dict[str, Term]:
+    def terms(
+        self, hidden: Hidden, targets: Mapping[str, Tensor], slots: Mapping[str, int] | None = None
+    ) -> dict[str, Term]:
         """Targets of `replaced` (B, T) are the tokens that truly stand there; one that is not shown was replaced."""
         told = dict(targets)
         if DETECTS in told and hidden.ids is not None:
             truth = told[DETECTS]
             told[DETECTS] = (hidden.ids != truth).long().masked_fill(truth == IGNORE, IGNORE)
-        terms = super().terms(hidden, told)
+        terms = super().terms(hidden, told, slots)
         if DETECTS in terms:
             terms[DETECTS] = replace(terms[DETECTS], weight=self.config.weight)  # type: ignore[attr-defined]
         return terms

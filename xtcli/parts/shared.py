@@ -17,6 +17,7 @@ from xtcli.parts.context import Ctx
 from xtcli.parts.masks import limit, render
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.scores import Sizes
+from xtcli.parts.slides import slide
 from xtcli.registry import Config, part_of
 
 
@@ -141,8 +142,7 @@ def slid(values: Callable[[Tensor], Tensor], ctx: Ctx, queries: int) -> Tensor:
         return values(torch.arange(1 - span, span, device=steps.device))[steps].permute(0, 3, 1, 2)
     # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
     row = values(torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device))  # (T + S - 1, H)
-    # Head by head: turning all at once is an illegal access on a GPU where the whole passes 2^31 bytes.
-    return torch.stack([head.unfold(0, span, 1).flip(0) for head in row.unbind(1)])[None]
+    return slide(row.t(), span)[None]
 
 
 def slot_distance(ctx: Ctx, queries: int) -> Tensor:

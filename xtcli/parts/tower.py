@@ -21,6 +21,11 @@ def table_width(embed: nn.Module, scope: Scope) -> int:
     return getattr(embed, "width", scope.dim) if getattr(embed, "tokens", None) is not None else 0
 
 
+def looks(keep: Tensor) -> bool:
+    """Whether to look if a mask hides anything: a step of training must not wait for its device to know."""
+    return keep.device.type == "cpu" or not torch.is_grad_enabled()
+
+
 class Tower(nn.Module):
     """An embedding and a stack, and the bookkeeping of places, padding and state between them."""
 
@@ -117,7 +122,7 @@ class Tower(nn.Module):
         elif places.dim() == 1:
             places = places[None, :]
         keep = None if mask is None else mask.to(device=device, dtype=torch.bool)
-        if keep is not None and bool(keep.all()):
+        if keep is not None and looks(keep) and bool(keep.all()):
             keep = None
         if keep is not None and self.prefix is not None and not placed and keep.shape == (batch, end):
             # Padding between the memory tokens and the words of a row must not count.

@@ -17,13 +17,16 @@ from torch.nn import functional as F
 from xtcli import registry
 from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
-from xtcli.parts.heads import Head, Hidden, Labels
+from xtcli.parts.heads import Head, Hidden, Labels, supervised
 from xtcli.parts.linear import Linear
 from xtcli.parts.losses import linear_cross_entropy, slab_terms
 from xtcli.parts.norms import NormSlot, make_norm
-from xtcli.parts.outputs import IGNORE, Term, shifted
+from xtcli.parts.outputs import Term, shifted
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import Config, Slot, field, part
+
+FEW = 2
+"""Where at most one position in so many is supervised, taking them out costs less than it saves."""
 
 
 def refuse_without_table(tied: bool, scope: Scope) -> None:
@@ -148,7 +151,10 @@ class LanguageModel(Head):
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         """The mean over all streams that answer these targets, by weight."""
-        term = self.summed(hidden.states, hidden.table, targets)
+        states, wanted = hidden.states, targets
+        if hidden.slots is not None and FEW * hidden.slots <= targets.numel():
+            states, wanted = supervised(states, targets, hidden.slots)
+        term = self.summed(states, hidden.table, wanted)
         if hidden.further is None or self.further == 0.0:
             return term
         streams = hidden.further.shape[1]
@@ -211,6 +217,6 @@ class MaskedLanguageModel(Head):
         return {self.output: self.logits(hidden.states, hidden.table)}
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
-        supervised = targets != IGNORE
-        states, weight = self.operands(hidden.states[supervised], hidden.table)
-        return linear_cross_entropy(states, weight, self.bias, targets[supervised], terms=self.terms)
+        states, wanted = supervised(hidden.states, targets, hidden.slots)
+        states, weight = self.operands(states, hidden.table)
+        return linear_cross_entropy(states, weight, self.bias, wanted, terms=self.terms)

@@ -198,7 +198,7 @@ class Trainer:
             with self.place.amp():
                 hidden = self.model.hidden(**self.carried.join(rows.inputs, len(rows)))
                 self.carried.take(hidden.mems)
-                terms = self.model.terms(hidden, rows.targets) | self.model.routed(hidden)
+                terms = self.model.terms(hidden, rows.targets, rows.slots) | self.model.routed(hidden)
                 loss = torch.stack([term.weight * term.sum / counts[head] for head, term in terms.items()]).sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             for head, term in terms.items():
@@ -262,7 +262,7 @@ class Trainer:
                     hidden = self.model.hidden(**carried.join(rows.inputs, len(rows)))
                     carried.take(hidden.mems)
                     carried.end()
-                    terms = self.model.terms(hidden, rows.targets)
+                    terms = self.model.terms(hidden, rows.targets, rows.slots)
                     if scorer is not None:
                         read = {head: self.model.read_by(head, hidden) for head in terms}
                         scorer.add(rows, {head: self.model.heads[head].outputs(read[head]) for head in terms})  # type: ignore[operator]
