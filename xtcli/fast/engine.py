@@ -1,0 +1,143 @@
+"""A step of decoding that runs the same launches on the same memory each time, so that a GPU can replay it as a graph.
+
+    tokens (B,) in slots (B,)  ->  logits (B, V)  ->  tokens, slots + 1
+
+Where a row is in its text is said by tensors on the device; the host neither reads nor writes anything in a step.
+`Planned` computes with the kernels of this package (or, to be tested, their twins) and few launches a layer.
+
+Axes as in plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from xtcli.fast.plan import Layer, Plan
+from xtcli.parts.context import KeyValues, ModelState, Newest
+
+
+class Kernels(Protocol):
+    """The four operations of a step."""
+
+    product: Callable[..., None]
+    attend: Callable[..., None]
+    embed: Callable[..., None]
+    likeliest: Callable[..., None]
+
+
+class Step:
+    """What every step has: each row's last token, the slot that it takes, the padding before the row, all it said.
+
+    said (C + 1, B): the token of each slot as far as it was chosen here, -1 where logits were no numbers.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.rows, self.capacity, self.device = rows, capacity, device
+        self.tokens, self.slots, self.pads = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+        self.said = torch.zeros(capacity + 1, rows, dtype=torch.long, device=device)
+
+    def begin(self, state: ModelState, tokens: Tensor, width: int, pads: Tensor | None) -> None:
+        """Go on from what a model has read: `width` slots in `state`, and the tokens (B,) chosen to follow."""
+        self.tokens.copy_(tokens)
+        self.slots.fill_(width)
+        self.pads.zero_() if pads is None else self.pads.copy_(pads[:, 0])
+
+    def logits(self) -> Tensor:
+        """Read the tokens; the logits (B, V) after them, float32."""
+        raise AssertionError("a step must say what it computes")
+
+    def likeliest(self, logits: Tensor, vocab: int) -> None:
+        """Take the best of the first `vocab` logits, and move on by a slot."""
+        raise AssertionError("a step must be able to choose")
+
+
+class Planned(Step):
+    """A step by a plan."""
+
+    def __init__(self, plan: Plan, rows: int, capacity: int, kernels: Kernels) -> None:
+        table = plan.table
+        super().__init__(rows, capacity, table.device)
+        self.plan, self.kernels = plan, kernels
+
+        def blank(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
+            return torch.zeros(shape, device=table.device, dtype=dtype)
+
+        shapes = [(rows, layer.heads.groups, capacity, layer.heads.width) for layer in plan.layers]
+        self.keys = [blank(*shape) for shape in shapes]
+        self.values = [blank(*shape) for shape in shapes]
+        # One buffer for each width; what a launch reads, the next ones do not write before it has ended.
+        self.stream, self.middle = blank(rows, plan.width), blank(rows, plan.width)
+        widths = {sum(part.weight.shape[0] for part in layer.qkv) for layer in plan.layers}
+        widths |= {layer.heads.heads * layer.heads.width for layer in plan.layers}
+        self.asked = {width: blank(rows, width) for width in widths}
+        self.mixed = {width: blank(rows, width) for width in widths}
+        self.inner = {width: blank(rows, width) for width in {layer.up[0].weight.shape[0] for layer in plan.layers}}
+        self.scores = blank(rows, plan.head.weight.shape[0], dtype=torch.float32)
+
+    def begin(self, state: ModelState, tokens: Tensor, width: int, pads: Tensor | None) -> None:
+        super().begin(state, tokens, width, pads)
+        for number, block in enumerate(state.blocks):
+            (cache,) = (one for one in block.values() if one is not None)
+            assert isinstance(cache, KeyValues), "a planned layer remembers keys and values"
+            held = min(width, cache.k.shape[2]) if isinstance(cache, Newest) else width
+            self.keys[number][:, :, width - held : width] = cache.k[:, :, :held]
+            self.values[number][:, :, width - held : width] = cache.v[:, :, :held]
+
+    def logits(self) -> Tensor:
+        plan, do = self.plan, self.kernels
+        do.embed(self.tokens, self.slots, self.pads, plan.table, plan.scale, plan.places, self.stream)
+        for number, layer in enumerate(plan.layers):
+            self._layer(number, layer)
+        do.product(self.stream, plan.norm, (plan.head,), self.scores, cap=plan.cap)
+        return self.scores
+
+    def _layer(self, number: int, layer: Layer) -> None:
+        do, heads = self.kernels, layer.heads
+        asked = self.asked[(heads.heads + 2 * heads.groups) * heads.width]
+        mixed = self.mixed[heads.heads * heads.width]
+        do.product(self.stream, layer.norm, layer.qkv, asked)
+        do.attend(asked, heads, self.keys[number], self.values[number], self.slots, self.pads, mixed)
+        do.product(mixed, None, (layer.out,), self.middle, stream=self.stream, weight=layer.weight)
+        read = self.stream if layer.parallel else self.middle
+        inner = self.inner[layer.up[0].weight.shape[0]]
+        do.product(read, layer.ffn_norm, layer.up, inner, paired=len(layer.up) == 2, act=layer.act)
+        do.product(inner, None, (layer.down,), self.stream, stream=self.middle, weight=layer.ffn_weight)
+
+    def likeliest(self, logits: Tensor, vocab: int) -> None:
+        self.kernels.likeliest(logits, vocab, self.tokens, self.slots, self.said)
+
+
+class OnGpu:
+    """The kernels, told to begin early where the device can."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Imports Triton: raises ImportError where there is none."""
+        from xtcli.fast import attend, ends, product
+
+        early = torch.cuda.get_device_capability(device) >= (9, 0)
+
+        def told(kernel: Callable[..., None]) -> Callable[..., None]:
+            def run(*given: Any, **options: Any) -> None:
+                kernel(*given, **options, pdl=early)
+
+            return run
+
+        self.product, self.attend = told(product.product), told(attend.attend)
+        self.embed, self.likeliest = told(ends.embed), told(ends.likeliest)
+
+
+def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`run` as a graph of launches on a GPU; it is run once before. Raises RuntimeError where it waits for the device."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay  # type: ignore[no-any-return]
