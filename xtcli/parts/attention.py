@@ -212,7 +212,7 @@ class Attention(Heads):
             cause = f"'{rule.kind}' shows keys behind the query, which a decoder is to predict"
             raise Impossible("mask", cause, "use {kind: all, of: [causal, ...]}, or an encoder")
         self.aligned = masks.aligned(rule)
-        self.view: int = scope.shared.view(rule, bias, False)
+        self.view: int = scope.shared.view(rule, bias, False, bias is None and self.unchanged)
         # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,
         # and those that another layer's scores are carried to.
         carried = any(hasattr(score, "chain") for score in self.score.modules())
@@ -225,6 +225,12 @@ class Attention(Heads):
             return Newest.new(batch, self.groups, self.reach, self.head_dim, device, dtype)
         cache = KeyValues.new(batch, self.groups, capacity, self.head_dim, device, dtype)
         return Memory(cache=cache) if self.recurs else cache
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether `kernels.fused` is handed the mask as the stack made it, and no dropout."""
+        usual = type(self).forward is Attention.forward and type(self).attend is Heads.attend
+        return usual and self.fused and self.relative is None and self.memory is None and self.rate == 0.0
 
     @property
     def reads_one(self) -> bool:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from xtcli.parts import blockmasks, routes
+from xtcli.parts.blockmasks import Blocks
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import widen
 
@@ -118,6 +120,26 @@ class Band:
         mask = F.pad(mask, (0, 0, 0, short)) if short else mask
         whole = mask if width == 1 else mask.expand(rows // width, *mask.shape[1:])
         return strands(whole, width).unflatten(2, (last - first, size))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A window that the kernel keeps to by itself: the keys stand in their places, and those aside are among them."""
+
+    blocks: Blocks
+
+    def attend(
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aside: Aside | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D); what is `aside` is marked in the blocks."""
+        return kernel(q, k, v, Visible(blocks=self.blocks))
 
 
 def strands(x: Tensor, width: int) -> Tensor:
@@ -235,15 +257,26 @@ def in_slabs(
 
 
 class WindowLayout(nn.Module):
-    """The window of some layers over the text of a call; `bias` is the number of the stack's bias, if any."""
+    """The window of some layers over the text of a call; `bias` is the number of the stack's bias, if any. `free`: no
+    weights are dropped, so that the kernel may keep to the window by itself."""
 
-    def __init__(self, radius: int, dilation: int, bias: int | None) -> None:
+    def __init__(self, radius: int, dilation: int, bias: int | None, free: bool) -> None:
         super().__init__()
         self.radius, self.dilation, self.bias = radius, dilation, bias
+        self.free = free and bias is None
 
-    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> Band:
+    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> Band | Whole:
         """The band for queries x (B, T, dim)."""
+        if self.free and routes.suits(x):
+            return self.whole(x, ctx, None)
         return self.band(x, ctx, biases, ctx.keep)
+
+    def whole(self, x: Tensor, ctx: Ctx, marked: Tensor | None) -> Whole:
+        """The window and the keys that are `marked` (B, T), for the kernel. Padding sees what it may: its output is
+        not used."""
+        real, documents = (None if y is None else y.expand(x.shape[0], -1) for y in (ctx.keep, ctx.documents))
+        ctx = replace(ctx, documents=documents)
+        return Whole(blockmasks.around(self.radius, self.dilation, marked, real, ctx))
 
     def band(self, x: Tensor, ctx: Ctx, biases: Any, keys: Tensor | None) -> Band:
         """The band whose windows hold the keys (B, T) that are True, all of them without."""
@@ -262,7 +295,11 @@ class WindowLayout(nn.Module):
             return Band(self.apart(near[None, None], keys, ctx.documents, whole=True), bias, 0, width)
         steps = torch.arange(3 * size, device=x.device)[None, :] - size - torch.arange(size, device=x.device)[:, None]
         near = (steps.abs() <= radius)[None, None]
-        real = keys if keys is not None else torch.ones(1, length, dtype=torch.bool, device=x.device)
+        real = keys
+        if real is None:
+            # A text's rows are strands where there are gaps: as many as those of documents beside it.
+            rows = 1 if ctx.documents is None else ctx.documents.shape[0]
+            real = torch.ones(rows, length, dtype=torch.bool, device=x.device)
         return Band(self.apart(near, real, ctx.documents, whole=False), bias, size, width)
 
     def apart(self, near: Tensor, keys: Tensor | None, documents: Tensor | None, whole: bool) -> Tensor:

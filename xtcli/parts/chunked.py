@@ -47,6 +47,11 @@ class Chunks(masks.Mask):
         near: Tensor = (step >= -rule.before) & (step <= rule.after)
         return near
 
+    @staticmethod
+    def bounds(rule: Any, q: masks.Ends, k: masks.Ends) -> tuple[Tensor, Tensor]:
+        (first, last), (begin, end) = ((slot // rule.chunk for slot in ends) for ends in (q, k))
+        return masks.between(begin - last, end - first, -rule.before, rule.after)
+
 
 SLAB = 2**22
 """Scores that are computed at once: more take memory anew at each step, and leave the processor's cache."""

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.parts import blockmasks
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import widen
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropout: float) -> Tensor:
-    """PyTorch's scaled-dot-product attention."""
+    """PyTorch's kernels; which of them, says routes.py."""
+    if visible.blocks is not None:
+        if dropout:
+            raise AssertionError("a mask by blocks leaves no weights to drop")
+        return blockmasks.attend(q, k, v, visible.blocks, scale)
     return F.scaled_dot_product_attention(
         q,
         k,

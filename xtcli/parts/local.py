@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from xtcli.parts import masks, norms, positions
 from xtcli.parts.attention import Attention, Heads
-from xtcli.parts.bands import Aside, Band, WindowLayout, by_distance
+from xtcli.parts.bands import Aside, Band, Whole, WindowLayout, by_distance
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused
 from xtcli.parts.norms import NormSlot, make_norm
@@ -99,8 +99,10 @@ class Near(Attention):
             raise Impossible("dilation", "a bias of the distance needs windows without gaps", "set dilation: 1")
         self.biased = self.biased if bias is None else (bias, *self.biased)
         self.rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
+        free = self.rate == 0.0
         self.layout: int = scope.shared.layout(
-            (config.kind, radius, dilation, bias, self.more), lambda: self.lay_out(radius, dilation, bias, *self.more)
+            (config.kind, radius, dilation, bias, free, self.more),
+            lambda: self.lay_out(radius, dilation, bias, free, *self.more),
         )
 
     def lay_out(self, *sizes: Any) -> nn.Module:
@@ -136,7 +138,7 @@ class Local(Near):
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         """x (B, T, dim) -> (B, T, dim)."""
-        band: Band = ctx.layouts[self.layout]
+        band: Band | Whole = ctx.layouts[self.layout]
         return self.leave(band.attend(self.kernel, *self.queries_keys_values(x, ctx)), x, ctx)
 
 
@@ -199,11 +201,11 @@ class Sides:
 class SideLayout(WindowLayout):
     """A window, and side tokens of `block` places; `side` is the number of the bias of their distances."""
 
-    def __init__(self, radius: int, dilation: int, bias: int | None, block: int, side: int | None) -> None:
-        super().__init__(radius, dilation, bias)
+    def __init__(self, radius: int, dilation: int, bias: int | None, free: bool, block: int, side: int | None) -> None:
+        super().__init__(radius, dilation, bias, free=False)
         self.block, self.side = block, side
 
-    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band, Sides | None]:  # type: ignore[override]
+    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Sides | None]:  # type: ignore[override]
         """The band and the side tokens for queries x (B, T, dim); None where no block is full."""
         band = super().lay(x, ctx, biases)
         count = x.shape[1] // self.block

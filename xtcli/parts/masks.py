@@ -7,7 +7,8 @@
 
 Rules speak of slots (places in the row as fed), so that padding on the left does not move a window.
 Padding and document borders are data, not rules: `render` joins them to whatever the rule says.
-A query that would see nothing (padding) sees itself, so that no softmax is empty.
+A query that would see nothing (padding) sees itself, or all of a text that is nothing but padding, so that no softmax
+is empty.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from xtcli.parts.context import Ctx, Visible
 from xtcli.registry import Config, Slot, field, part, part_of
 
 MaskSlot = Annotated[Config, Slot("mask")]
+
+Ends = tuple[Tensor, Tensor]
+"""The first and the last slots of blocks: (N, 1) of queries, (1, M) of keys."""
 
 
 class Mask:
@@ -45,6 +49,18 @@ class Mask:
         """Whether a query may see keys behind it."""
         return True
 
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        """For blocks of slots: whether one pair may be seen, and whether all are. The first may be True where none is,
+        the second False where all are, as here, where nothing is known."""
+        unknown = torch.ones_like(q[0], dtype=torch.bool) & torch.ones_like(k[0], dtype=torch.bool)
+        return unknown, ~unknown
+
+    @staticmethod
+    def stretch(rule: Any) -> tuple[int | None, int | None] | None:
+        """Slots seen to the left and to the right where all between are (None: to the end), or None."""
+        return None
+
 
 @part("mask", "causal")
 class Causal(Mask):
@@ -63,6 +79,14 @@ class Causal(Mask):
     def ahead(rule: Any) -> bool:
         return False
 
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        return k[0] <= q[1], k[1] <= q[0]
+
+    @staticmethod
+    def stretch(rule: Any) -> tuple[int | None, int | None] | None:
+        return None, 0
+
 
 @part("mask", "full")
 class Full(Mask):
@@ -74,6 +98,15 @@ class Full(Mask):
     @staticmethod
     def allowed(rule: Any, q: Tensor, k: Tensor) -> Tensor:
         return torch.ones_like(q, dtype=torch.bool) & torch.ones_like(k, dtype=torch.bool)
+
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        seen = Full.allowed(rule, q[0], k[0])
+        return seen, seen
+
+    @staticmethod
+    def stretch(rule: Any) -> tuple[int | None, int | None] | None:
+        return None, None
 
 
 @part("mask", "inherit")
@@ -110,6 +143,16 @@ class Window(Mask):
     def ahead(rule: Any) -> bool:
         return bool(rule.right >= rule.dilation)
 
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        least, most = k[0] - q[1], k[1] - q[0]
+        some, every = between(least, most, -rule.left, rule.right)
+        return some, every & ((least == most) | (rule.dilation == 1))
+
+    @staticmethod
+    def stretch(rule: Any) -> tuple[int | None, int | None] | None:
+        return (rule.left, rule.right) if rule.dilation == 1 else None
+
 
 @part("mask", "all")
 class AllOf(Mask):
@@ -130,6 +173,19 @@ class AllOf(Mask):
     def ahead(rule: Any) -> bool:
         return all(ahead(one) for one in rule.of)
 
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        some, every = zip(*(bounds(one, q, k) for one in rule.of), strict=True)
+        return reduce(torch.logical_and, some), reduce(torch.logical_and, every)
+
+    @staticmethod
+    def stretch(rule: Any) -> tuple[int | None, int | None] | None:
+        sides = [stretch(one) for one in rule.of]
+        if None in sides:
+            return None
+        left, right = ([side for side in both if side is not None] for both in zip(*sides, strict=True))
+        return min(left, default=None), min(right, default=None)
+
 
 @part("mask", "any")
 class AnyOf(Mask):
@@ -149,6 +205,11 @@ class AnyOf(Mask):
     @staticmethod
     def ahead(rule: Any) -> bool:
         return any(ahead(one) for one in rule.of)
+
+    @staticmethod
+    def bounds(rule: Any, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+        some, every = zip(*(bounds(one, q, k) for one in rule.of), strict=True)
+        return reduce(torch.logical_or, some), reduce(torch.logical_or, every)
 
 
 def reach(rule: Any) -> int | None:
@@ -192,6 +253,28 @@ def allowed(rule: Config, q: Tensor, k: Tensor) -> Tensor:
     return seen
 
 
+def bounds(rule: Config, q: Ends, k: Ends) -> tuple[Tensor, Tensor]:
+    """For blocks of slots: whether one pair may be seen, and whether all are, (N, M) each; see `Mask.bounds`."""
+    return part_of(rule).bounds(rule, q, k)  # type: ignore[no-any-return]
+
+
+def between(least: Tensor, most: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Whether a stretch of whole numbers meets `low` to `high`, and whether it lies within."""
+    return (most >= low) & (least <= high), (least >= low) & (most <= high)
+
+
+def stretch(rule: Config) -> tuple[int | None, int | None] | None:
+    """Slots seen to the left and to the right where all between are (None: to the end), or None."""
+    return part_of(rule).stretch(rule)  # type: ignore[no-any-return]
+
+
+def check_length(rule: Config, ctx: Ctx) -> None:
+    """Raise UserError for a text that the rule is not made for."""
+    most, length = limit(rule), ctx.keys.shape[1] - ctx.prefix
+    if most is not None and length > most:
+        raise refuse(f"a text has {length} tokens, and the mask is made for {most}", "shorten it")
+
+
 def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: bool) -> Visible:
     """The rule, the padding, the documents and an additive bias as one mask for the kernel.
 
@@ -199,12 +282,13 @@ def render(rule: Config, ctx: Ctx, queries: int, bias: Tensor | None, dense: boo
     kernel could do without. Raises UserError for a text that the rule is not made for.
     """
     span = ctx.keys.shape[1]
-    most = limit(rule)
-    if most is not None and span - ctx.prefix > most:
-        raise refuse(f"a text has {span - ctx.prefix} tokens, and the mask is made for {most}", "shorten it")
+    check_length(rule, ctx)
     plain = ctx.keep is None and ctx.documents is None and bias is None and not dense
     if plain and rule.kind == "full":
         return Visible()
+    if rule.kind == "full" and ctx.documents is None and bias is None and not dense:
+        # One row for all queries, which kernels read as fast as none.
+        return keys_only(ctx.keep)
     plain = plain and not ctx.prefix_reads
     if plain and rule.kind == "causal" and queries == 1:
         return Visible()

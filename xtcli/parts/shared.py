@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from xtcli.parts.context import Ctx
-from xtcli.parts.masks import limit, render
+from xtcli.parts import blockmasks, routes
+from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.masks import check_length, limit, render
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.scores import Sizes
 from xtcli.parts.slides import slide
@@ -23,11 +24,13 @@ from xtcli.registry import Config, part_of
 
 @dataclass(frozen=True)
 class View:
-    """One distinct mask of a stack: a rule, the bias joined to it, and whether it must be stored."""
+    """One distinct mask of a stack: a rule, the bias joined to it, whether it must be stored, and whether it may be one
+    by blocks."""
 
     rule: Config
     bias: int | None
     dense: bool
+    blocks: bool = False
 
 
 class Shared(nn.Module):
@@ -69,9 +72,9 @@ class Shared(nn.Module):
         """The number, among the rotations, of another module with `tables(ctx, dtype)`, made once for each `key`."""
         return self._enter(self.turns, key, make)
 
-    def view(self, rule: Config, bias: int | None, dense: bool) -> int:
-        """The number of a mask."""
-        view = View(rule, bias, dense)
+    def view(self, rule: Config, bias: int | None, dense: bool, blocks: bool = False) -> int:
+        """The number of a mask. `blocks`: it goes to `kernels.fused` as it is, without dropout."""
+        view = View(rule, bias, dense, blocks)
         if view not in self.views:
             self.views.append(view)
         return self.views.index(view)
@@ -113,10 +116,15 @@ class Shared(nn.Module):
         queries = x.shape[1]
         turns = tuple(turn.tables(ctx, x.dtype) for turn in self.turns)  # type: ignore[operator]
         biases = {n: self.biases[n].scores(ctx, queries).to(x.dtype) for n in self._dense()}  # type: ignore[operator]
-        visible = tuple(
-            render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
-            for view in self.views
-        )
+        suits = routes.suits(x)
+
+        def visible_to(view: View) -> Visible:
+            if suits and view.blocks and routes.by_blocks(view.rule, ctx, queries):
+                check_length(view.rule, ctx)
+                return Visible(blocks=blockmasks.of_rule(view.rule, ctx, x.shape[0]))
+            return render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
+
+        visible = tuple(visible_to(view) for view in self.views)
         layouts = tuple(layout.lay(x, ctx, self.biases) for layout in self.layouts)  # type: ignore[operator]
         return replace(ctx, turns=turns, visible=visible, layouts=layouts)
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xtcli.parts.bands import Aside, Band, WindowLayout
+from xtcli.parts import routes
+from xtcli.parts.bands import Aside, Band, Whole, WindowLayout
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import Linear
 from xtcli.parts.local import Near
@@ -55,11 +56,13 @@ class Marked:
 class MarkedLayout(WindowLayout):
     """A window without the global tokens, and those."""
 
-    def __init__(self, radius: int, dilation: int, bias: int | None, usual: Globals, separator: int) -> None:
-        super().__init__(radius, dilation, bias)
+    def __init__(
+        self, radius: int, dilation: int, bias: int | None, free: bool, usual: Globals, separator: int
+    ) -> None:
+        super().__init__(radius, dilation, bias, free)
         self.usual, self.separator = usual, separator
 
-    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band, Marked | None]:  # type: ignore[override]
+    def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Marked | None]:  # type: ignore[override]
         """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
         found = self.find(x, ctx)
         if ctx.mask is not None and (ctx.mask.is_meta or bool((ctx.mask > 1).any())):
@@ -70,7 +73,7 @@ class MarkedLayout(WindowLayout):
             # How many there are is in the data, which the meta device has none of: there each row has one.
             count = 1 if found.is_meta else int(found.sum(1).max())
         if found is None or not count:
-            return self.band(x, ctx, biases, ctx.keep), None
+            return super().lay(x, ctx, biases), None
         keys = ~found if ctx.keep is None else ctx.keep & ~found
         length = x.shape[1]
         slots = torch.arange(length, device=x.device)
@@ -80,7 +83,10 @@ class MarkedLayout(WindowLayout):
         if ctx.documents is not None:
             theirs = ctx.documents.expand(len(places), -1).gather(1, places.clamp(max=length - 1))
             seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
-        return self.band(x, ctx, biases, keys), Marked(places, real, seen)
+        marked = Marked(places, real, seen)
+        if self.free and routes.suits(x):
+            return self.whole(x, ctx, found.expand(x.shape[0], -1)), marked
+        return self.band(x, ctx, biases, keys), marked
 
     def find(self, x: Tensor, ctx: Ctx) -> Tensor | None:
         """The global tokens (B, T), those of padding among them; None where there are none."""

@@ -1,0 +1,271 @@
+"""Masks by blocks, for the kernel that passes over blocks in which nobody sees anything (FlexAttention).
+
+    some     blocks of pairs of which one may be seen: the pairs are asked one by one
+    every    blocks of which all pairs are seen: nothing is asked
+
+Both follow by arithmetic from what the ends of a block see, so that nothing the size of all pairs is made. `some` may
+hold a block too many and `every` one too few: the pairs decide.
+
+FlexAttention's kernel runs on a GPU alone; elsewhere, and in tests, `dense` gives the same as a stored mask.
+
+Axes: B rows, H query heads, T tokens, N blocks of queries or keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xtcli.parts import masks
+from xtcli.parts.context import Ctx, Visible
+from xtcli.registry import Config
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+KERNEL = ("cuda",)
+"""Devices that have the kernel."""
+
+SIZE = 128
+"""Queries and keys of a block."""
+
+ROWS = 1024
+"""Queries that are asked at once whether they see anything."""
+
+Pairs = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Row, head, query slot, key slot -> whether it is seen."""
+
+Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Score, row, head, query slot, key slot -> score."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """PyTorch's `BlockMask`, what is done to the scores of its pairs, and how the kernel is to be laid out."""
+
+    mask: BlockMask
+    scores: Scores | None = None
+    options: dict[str, Any] | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+    if q.device.type not in KERNEL:
+        seen = dense(blocks, q.dtype, q.shape[0], q.shape[1]).mask
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    if torch.is_autocast_enabled("cuda"):
+        # As PyTorch's own attention does under autocast.
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention as kernel
+    else:
+        kernel = _compiled()
+    y: Tensor = kernel(
+        q,
+        k,
+        v,
+        score_mod=blocks.scores,
+        block_mask=blocks.mask,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+        kernel_options=blocks.options,  # type: ignore[arg-type]
+    )
+    return y
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def dense(blocks: Blocks, dtype: torch.dtype, rows: int, heads: int) -> Visible:
+    """The same as a stored mask (B, H|1, T, T); additive, in `dtype`, where scores are changed."""
+    mask = blocks.mask
+    length, size = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
+    device = mask.kv_num_blocks.device
+    row = torch.arange(rows, device=device)[:, None, None, None]
+    head = torch.arange(heads, device=device)[:, None, None]
+    q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
+    seen = _unlisted(mask.kv_num_blocks, mask.kv_indices, size, length) & mask.mask_mod(row, head, q, k)
+    if mask.full_kv_num_blocks is not None:
+        seen = seen | _unlisted(mask.full_kv_num_blocks, mask.full_kv_indices, size, length)
+    if blocks.scores is None:
+        return Visible(seen)
+    added = blocks.scores(torch.zeros((), dtype=dtype, device=device), row, head, q, k)
+    return Visible(added.to(dtype).masked_fill(~seen, float("-inf")))
+
+
+def of_rule(rule: Config, ctx: Ctx, rows: int) -> Blocks:
+    """The mask of a rule over the texts of a call, their padding and documents: what `masks.render` stores."""
+    length = ctx.keys.shape[1]
+    if ctx.keep is None and ctx.documents is None:
+        return _of_rule_alone(rule, length, ctx.keys.device)
+    keep, documents = (None if x is None else x.expand(rows, -1) for x in (ctx.keep, ctx.documents))
+    alone = None if keep is None else lonely(rule, keep, documents)
+    return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone))
+
+
+@lru_cache(maxsize=64)
+def _of_rule_alone(rule: Config, length: int, device: torch.device) -> Blocks:
+    return Blocks(_made(rule, length, device, None, None, None))
+
+
+def _made(
+    rule: Config,
+    length: int,
+    device: torch.device,
+    keep: Tensor | None,
+    documents: Tensor | None,
+    alone: Tensor | None,
+) -> BlockMask:
+    inside = texts(keep, documents)
+
+    def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = masks.allowed(rule, q, k) & inside(row, head, q, k)
+        return seen if alone is None else seen | (alone[row, q] & (q == k))
+
+    some, every = bounds(rule, length, device)
+    some, every = within(some, every, keep, documents, SIZE)
+    if alone is not None:
+        some = some | torch.diag_embed(by_block(alone, SIZE).any(-1))[:, None]
+    return listed(some, every, length, SIZE, pairs)
+
+
+def texts(keep: Tensor | None, documents: Tensor | None) -> Pairs:
+    """Real keys of the query's own document; both (B, T)."""
+
+    def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = masks.allowed(masks.FULL, q, k)
+        if documents is not None:
+            seen = seen & (documents[row, q] == documents[row, k])
+        return seen if keep is None else seen & keep[row, k]
+
+    return pairs
+
+
+def bounds(rule: Config, length: int, device: torch.device, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """`some` and `every` of a rule alone, (1, 1, N, N)."""
+    first = torch.arange(0, length, size, device=device)
+    last = (first + size - 1).clamp(max=length - 1)
+    some, every = masks.bounds(rule, (first[:, None], last[:, None]), (first[None, :], last[None, :]))
+    return some[None, None], every[None, None]
+
+
+def within(
+    some: Tensor, every: Tensor, keep: Tensor | None, documents: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """What is left of `some` and `every` (B|1, H|1, N, N) inside documents and of real keys (B, T)."""
+    if documents is not None:
+        numbers = by_block(documents, size)  # the fill repeats the last place
+        low, high = numbers.amin(-1)[:, None], numbers.amax(-1)[:, None]
+        some = some & (low[..., :, None] <= high[..., None, :]) & (low[..., None, :] <= high[..., :, None])
+        one = (low == high)[..., :, None] & (low == high)[..., None, :]
+        every = every & one & (low[..., :, None] == low[..., None, :])
+    if keep is not None:
+        real = by_block(keep, size)
+        some = some & real.any(-1)[:, None, None, :]
+        every = every & real.all(-1)[:, None, None, :]
+    return some, every
+
+
+def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | None, ctx: Ctx) -> Blocks:
+    """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T)."""
+    length, documents = ctx.keys.shape[1], ctx.documents
+    rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
+    if marked is None and keys is None and documents is None:
+        return _of_rule_alone(rule, length, ctx.keys.device)
+
+    inside = texts(keys, documents)
+
+    def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        near = masks.allowed(rule, q, k)
+        return (near if marked is None else near | marked[row, k]) & inside(row, head, q, k)
+
+    some, every = bounds(rule, length, ctx.keys.device)
+    if marked is not None:
+        known = by_block(marked, SIZE)
+        some, every = some | known.any(-1)[:, None, None], every | known.all(-1)[:, None, None]
+    return Blocks(listed(*within(some, every, keys, documents, SIZE), length, SIZE, pairs))
+
+
+def by_block(x: Tensor, size: int) -> Tensor:
+    """(B, T) -> (B, N, size); the last place fills up the last block."""
+    short = -x.shape[1] % size
+    if short:
+        x = torch.cat((x, x[:, -1:].expand(-1, short)), 1)
+    return x.unflatten(1, (-1, size))
+
+
+def lonely(rule: Config, keep: Tensor, documents: Tensor | None) -> Tensor:
+    """Which queries see no real key (B, T), and therefore themselves."""
+    length = keep.shape[1]
+    slots = torch.arange(length, device=keep.device)
+    stretch = masks.stretch(rule)
+    if stretch is not None and documents is None:
+        left, right = stretch
+        upto = F.pad(keep.long().cumsum(1), (1, 0))  # real keys in front of each slot
+        begin = torch.zeros_like(slots) if left is None else (slots - left).clamp(min=0)
+        end = torch.full_like(slots, length) if right is None else (slots + right + 1).clamp(max=length)
+        return upto[:, end] == upto[:, begin]
+    found = []
+    for part in slots.split(ROWS):
+        seen = masks.allowed(rule, part[:, None], slots[None, :]) & keep[:, None, :]
+        if documents is not None:
+            seen = seen & (documents[:, part, None] == documents[:, None, :])
+        found.append(~seen.any(-1))
+    return torch.cat(found, 1)
+
+
+def listed(some: Tensor, every: Tensor | None, length: int, size: int, pairs: Pairs | None) -> BlockMask:
+    """The mask of blocks (B|1, H|1, N, N) of a text of `length` tokens; no `every` and no `pairs` where all
+    pairs of `some` are seen, or all blocks are to be asked."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    full: tuple[Tensor | None, Tensor | None] = (None, None)
+    if every is not None:
+        # The kernel looks for the end of the text in blocks that it asks pair by pair alone.
+        inside = torch.arange(every.shape[-1], device=every.device) < length // size
+        every = every & inside & inside[:, None]
+        some, full = some & ~every, _listed(every)
+    return BlockMask.from_kv_blocks(*_listed(some), *full, size, pairs, (length, length))
+
+
+def asking(mask: BlockMask, pairs: Pairs) -> BlockMask:
+    """The same blocks, asked pair by pair."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return BlockMask(
+        seq_lengths=mask.seq_lengths,
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=pairs,
+    )
+
+
+def _listed(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries sees, and their numbers before all others."""
+    order = shown.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return shown.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+
+
+def _unlisted(count: Tensor, order: Tensor, size: int, length: int) -> Tensor:
+    """The inverse, for every pair: (B, H, T, T)."""
+    listed_first = torch.arange(order.shape[-1], device=order.device) < count[..., None]
+    shown = torch.zeros_like(listed_first).scatter(-1, order.long(), listed_first)
+    pairs: Tensor = shown.repeat_interleave(size, -2).repeat_interleave(size, -1)
+    return pairs[..., :length, :length]

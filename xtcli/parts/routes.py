@@ -1,0 +1,41 @@
+"""Which kernel an attention runs on.
+
+    what is seen                               kernel
+    everything, a row of keys, the past        PyTorch's attention: cuDNN on Hopper, groups of heads as they are
+    else, in training, LEAST tokens or more    FlexAttention with a mask by blocks
+    else                                       PyTorch's attention with a stored mask
+    scores that are added and learned          PyTorch's attention: of its kernels the one that gives their gradient
+    scores that are not softmax                tensors (`kernels.plain`)
+
+PyTorch chooses among its own kernels by itself; on one H100 its choice was the fastest of them wherever it was measured
+(docs/log.md). FlexAttention is compiled for each shape and mask, which takes about ten seconds: that pays in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xtcli.parts.context import Ctx
+from xtcli.registry import Config
+
+LEAST = 1024
+"""Tokens from which a mask by blocks is faster than a stored one: even at 512, two thirds of the time at 1,024."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def suits(x: Tensor) -> bool:
+    """Whether FlexAttention pays for a stack that reads x (B, T, dim), if its masks are not plain ones."""
+    if x.device.type != "cuda" or not torch.is_grad_enabled() or x.shape[1] < LEAST:
+        return False
+    kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return kind in HALF
+
+
+def by_blocks(rule: Config, ctx: Ctx, queries: int) -> bool:
+    """Whether a rule over this text is one that FlexAttention is for, and a text without places in front."""
+    if ctx.offset or ctx.prefix or ctx.prefix_reads or queries != ctx.keys.shape[1]:
+        return False
+    plain = ("full",) if ctx.keep is not None else ("full", "causal")
+    return ctx.documents is not None or rule.kind not in plain
