@@ -13,6 +13,7 @@ from xtcli.model import build
 from xtcli.parts import losses
 from xtcli.parts.outputs import IGNORE
 from xtcli.train.optim import build_optimizer, set_rate
+from xtcli.train.transforms import compile_blocks, fuse_products, join_products
 from xtcli.train.update import FastUpdate, Update
 from xtcli.train.working import Working
 
@@ -101,3 +102,49 @@ def test_running_values_go_from_one_to_the_other() -> None:
     change.norm()
     change.apply()
     assert all(float(own.state[weight]["step"]) == step + 1 for weight, step in before.items())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-7b", "bert-base", "t5-small", "falcon-7b"])
+def test_products_with_biases_and_gelus(name: str, compiled: bool) -> None:
+    model = build(load_preset(name, ["model.dropout=0"], tiny=True), seed=1).double().eval()
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            weight += 0.1 * torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(number), dtype=weight.dtype
+            )
+    inputs = model.blank(2, 16)
+    for key, value in inputs.items():
+        if key.endswith("input_ids"):
+            inputs[key] = torch.randint(model.vocab, value.shape, generator=torch.Generator().manual_seed(5))
+    states = model.hidden(**inputs).states
+    aim = torch.randn(states.shape, generator=torch.Generator().manual_seed(6), dtype=states.dtype)
+    learnt = [weight for weight in model.parameters() if weight.requires_grad]
+    wanted = torch.autograd.grad((states * aim).sum(), learnt, allow_unused=True)
+    join_products(model, fuse_products(model))
+    if compiled:
+        compile_blocks(model, backend="aot_eager")
+    own = model.hidden(**inputs).states
+    found = torch.autograd.grad((own * aim).sum(), learnt, allow_unused=True)
+    torch.testing.assert_close(own, states, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(**inputs).states, states, rtol=1e-9, atol=1e-9)
+
+
+def test_products_ride_where_they_can() -> None:
+    from xtcli.fast import linear
+
+    calls: list[str] = []
+    real = linear.feed_forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "feed_forward", lambda *given: calls.append("gelu") or real(*given))
+        for name, wanted in (("gpt2-nano", 2), ("bert-base", 0), ("llama-7b", 0)):
+            calls.clear()
+            model = build(load_preset(name, ["model.dropout=0"], tiny=True), seed=1).train()
+            fuse_products(model)
+            model.hidden(**model.blank(1, 8))
+            assert len(calls) == wanted, name

@@ -6,7 +6,7 @@
     p       p (1 - lr decay) - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)     Loshchilov, Hutter, arXiv:1711.05101
 
 Weights and running values are float32. Gradients may be in 16 bits, where a parameter has a working copy; the copy is
-written in the same pass. An update moves 26 bytes a parameter: 12 read and 12 written of weights and running values, 2
+written in the same pass. An update moves 28 bytes a parameter: 12 read and 12 written of weights and running values, 2
 read of the gradient, 2 written of the copy; PyTorch's own, with clipping and the casts of copies apart, moves 50.
 
 Kernels find tensors by tables of addresses and work in chunks, so that a bias costs one program and not one launch.
@@ -38,14 +38,20 @@ def _squares(gradients, sizes, tensor_of, start_of, sums, TYPE: tl.constexpr, CH
     """The sum of squares of each chunk."""
     chunk = tl.program_id(0)
     number = tl.load(tensor_of + chunk)
-    start = tl.load(start_of + chunk)
+    # What is known to be a multiple of 16 is loaded 16 bytes at a time; a mask would undo that.
+    start = tl.multiple_of(tl.load(start_of + chunk), CHUNK)
     size = tl.load(sizes + number)
     g_at = tl.multiple_of(tl.load(gradients + number).to(tl.pointer_type(TYPE)), 16)
     total = tl.zeros((BLOCK,), tl.float32)
-    for offset in tl.static_range(0, CHUNK, BLOCK):
-        place = start + offset + tl.arange(0, BLOCK)
-        g = tl.load(g_at + place, mask=place < size, other=0.0).to(tl.float32)
-        total += g * g
+    if start + CHUNK <= size:
+        for offset in tl.static_range(0, CHUNK, BLOCK):
+            g = tl.load(g_at + start + offset + tl.arange(0, BLOCK)).to(tl.float32)
+            total += g * g
+    else:
+        for offset in tl.static_range(0, CHUNK, BLOCK):
+            place = start + offset + tl.arange(0, BLOCK)
+            g = tl.load(g_at + place, mask=place < size, other=0.0).to(tl.float32)
+            total += g * g
     tl.store(sums + chunk, tl.sum(total))
 
 
@@ -67,6 +73,14 @@ def _corrections(steps, corrections, flag, logs):  # type: ignore[no-untyped-def
 
 
 @triton.jit
+def _stepped(g, m, v, p, kept, length, root, beta1, beta2, eps):  # type: ignore[no-untyped-def]
+    """Running values and weights after a step by gradients g."""
+    m += (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    return m, v, p * kept - length * m / (tl.sqrt(v) * root + eps)
+
+
+@triton.jit
 def _update(  # type: ignore[no-untyped-def]
     weights, means, squares, gradients, copies, sizes, decays, tensor_of, start_of, corrections, norm, flag,
     rate, limit, beta1, beta2, eps,
@@ -77,7 +91,7 @@ def _update(  # type: ignore[no-untyped-def]
     chunk = tl.program_id(0)
     if tl.load(flag) == 0:
         number = tl.load(tensor_of + chunk)
-        start = tl.load(start_of + chunk)
+        start = tl.multiple_of(tl.load(start_of + chunk), CHUNK)
         size = tl.load(sizes + number)
         p_at = tl.multiple_of(tl.load(weights + number).to(tl.pointer_type(tl.float32)), 16)
         m_at = tl.multiple_of(tl.load(means + number).to(tl.pointer_type(tl.float32)), 16)
@@ -89,22 +103,34 @@ def _update(  # type: ignore[no-untyped-def]
         scale = 1.0
         if CLIPS:
             scale = tl.minimum(limit / (tl.load(norm) + 1e-6), 1.0)
-        for offset in tl.static_range(0, CHUNK, BLOCK):
-            place = start + offset + tl.arange(0, BLOCK)
-            inside = place < size
-            g = tl.load(g_at + place, mask=inside, other=0.0).to(tl.float32) * scale
-            m = tl.load(m_at + place, mask=inside, other=0.0)
-            v = tl.load(v_at + place, mask=inside, other=0.0)
-            p = tl.load(p_at + place, mask=inside, other=0.0) * kept
-            m += (1.0 - beta1) * (g - m)
-            v = beta2 * v + (1.0 - beta2) * g * g
-            p -= length * m / (tl.sqrt(v) * root + eps)
-            tl.store(m_at + place, m, mask=inside)
-            tl.store(v_at + place, v, mask=inside)
-            tl.store(p_at + place, p, mask=inside)
-            if COPIES:
-                c_at = tl.multiple_of(tl.load(copies + number).to(tl.pointer_type(NARROW)), 16)
-                tl.store(c_at + place, p.to(NARROW), mask=inside)
+        c_at = tl.multiple_of(tl.load(copies + number).to(tl.pointer_type(NARROW)), 16)
+        if start + CHUNK <= size:
+            for offset in tl.static_range(0, CHUNK, BLOCK):
+                place = start + offset + tl.arange(0, BLOCK)
+                g = tl.load(g_at + place).to(tl.float32) * scale
+                m, v, p = _stepped(
+                    g, tl.load(m_at + place), tl.load(v_at + place), tl.load(p_at + place),
+                    kept, length, root, beta1, beta2, eps,
+                )  # fmt: skip
+                tl.store(m_at + place, m)
+                tl.store(v_at + place, v)
+                tl.store(p_at + place, p)
+                if COPIES:
+                    tl.store(c_at + place, p.to(NARROW))
+        else:
+            for offset in tl.static_range(0, CHUNK, BLOCK):
+                place = start + offset + tl.arange(0, BLOCK)
+                inside = place < size
+                g = tl.load(g_at + place, mask=inside, other=0.0).to(tl.float32) * scale
+                m, v, p = _stepped(
+                    g, tl.load(m_at + place, mask=inside, other=0.0), tl.load(v_at + place, mask=inside, other=0.0),
+                    tl.load(p_at + place, mask=inside, other=0.0), kept, length, root, beta1, beta2, eps,
+                )  # fmt: skip
+                tl.store(m_at + place, m, mask=inside)
+                tl.store(v_at + place, v, mask=inside)
+                tl.store(p_at + place, p, mask=inside)
+                if COPIES:
+                    tl.store(c_at + place, p.to(NARROW), mask=inside)
 
 
 @dataclass(frozen=True)

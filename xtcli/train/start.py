@@ -156,7 +156,7 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     model: Model = with_weights(job, weights)
-    ready(model, config, job.place.device)
+    ready(model, config, job.place)
     for note in run.notes:
         view.message(note)
     return Trainer(job, model, run, view, log)

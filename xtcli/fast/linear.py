@@ -1,0 +1,224 @@
+"""Linear layers with biases, and feed-forwards with a GELU, whose biases and activations ride on the matrix products.
+
+    y  = x W^T (+ b)             dx = dy W       dW, db = dy^T x and sum dy       in one kernel each
+    h  = gelu(p),  p = x W^T + b                                                  in one kernel, which gives both
+    dp = (dy V) * gelu'(p)       for y = h V^T + c                                in one kernel
+
+The operators of `xt::` have a plain form in PyTorch, which is the specification and runs on a CPU, and one by cuBLASLt
+(cublaslt.py). Compiled code calls them as they are. Gelu is the tanh form. Axes: N rows, K and F widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xtcli.fast import cublaslt
+from xtcli.fast.cublaslt import BGRADB, BIAS, DGELU, GELU_AUX_BIAS, PLAIN
+
+ALIGN = 8
+"""Widths that the kernels load well are multiples of this."""
+
+
+@torch.library.custom_op("xt::product", mutates_args=(), device_types="cpu")
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, K), weight (F, K), bias (F,) -> (N, F)."""
+    return F.linear(x, weight, bias)
+
+
+@product.register_kernel("cuda")
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    (rows, inner), outer = x.shape, weight.shape[0]
+    y = x.new_empty(rows, outer)
+    kernel = cublaslt.product(outer, rows, inner, True, False, BIAS, x.dtype, x.get_device())
+    kernel(weight, x, y, bias)
+    return y
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::slopes", mutates_args=(), device_types="cpu")
+def slopes(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (N, F), x (N, K) -> the gradients of a weight (F, K) and its bias (F,)."""
+    return dy.t() @ x, dy.sum(0)
+
+
+@slopes.register_kernel("cuda")
+def _slopes(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    (rows, outer), inner = dy.shape, x.shape[1]
+    dw, db = x.new_empty(outer, inner), x.new_empty(outer)
+    kernel = cublaslt.product(inner, outer, rows, False, True, BGRADB, x.dtype, x.get_device())
+    kernel(x, dy, dw, db)
+    return dw, db
+
+
+@slopes.register_fake
+def _(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(dy.shape[1], x.shape[1]), x.new_empty(dy.shape[1])
+
+
+@torch.library.custom_op("xt::product_gelu", mutates_args=(), device_types="cpu")
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, K), weight (F, K), bias (F,) -> gelu(p) and p, (N, F) each, with p = x weight^T + bias."""
+    p = F.linear(x, weight, bias)
+    return F.gelu(p, approximate="tanh"), p
+
+
+@product_gelu.register_kernel("cuda")
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    (rows, inner), outer = x.shape, weight.shape[0]
+    h, p = x.new_empty(rows, outer), x.new_empty(rows, outer)
+    kernel = cublaslt.product(outer, rows, inner, True, False, GELU_AUX_BIAS, x.dtype, x.get_device())
+    kernel(weight, x, h, bias, p)
+    return h, p
+
+
+@product_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::slope_gelu", mutates_args=(), device_types="cpu")
+def slope_gelu(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    """dy (N, K), weight (K, F), p (N, F) -> (dy weight) * gelu'(p), (N, F)."""
+    return torch.ops.aten.gelu_backward(dy @ weight, p, approximate="tanh")  # type: ignore[no-any-return]
+
+
+@slope_gelu.register_kernel("cuda")
+def _slope_gelu(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    (rows, inner), outer = dy.shape, weight.shape[1]
+    dp = dy.new_empty(rows, outer)
+    kernel = cublaslt.product(outer, rows, inner, False, False, DGELU, dy.dtype, dy.get_device())
+    kernel(weight, dy, dp, None, p)
+    return dp
+
+
+@slope_gelu.register_fake
+def _(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    return torch.empty_like(p)
+
+
+@torch.library.custom_op("xt::matmul", mutates_args=(), device_types="cpu")
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, K), weight (F, K) -> (N, F)."""
+    return x @ weight.t()
+
+
+@matmul.register_kernel("cuda")
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    (rows, inner), outer = x.shape, weight.shape[0]
+    y = x.new_empty(rows, outer)
+    cublaslt.product(outer, rows, inner, True, False, PLAIN, x.dtype, x.get_device())(weight, x, y)
+    return y
+
+
+@matmul.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::back", mutates_args=(), device_types="cpu")
+def back(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy (N, F), weight (F, K) -> (N, K)."""
+    return dy @ weight
+
+
+@back.register_kernel("cuda")
+def _back(dy: Tensor, weight: Tensor) -> Tensor:
+    rows, (outer, inner) = dy.shape[0], weight.shape
+    dx = dy.new_empty(rows, inner)
+    cublaslt.product(inner, rows, outer, False, False, PLAIN, dy.dtype, dy.get_device())(weight, dy, dx)
+    return dx
+
+
+@back.register_fake
+def _(dy: Tensor, weight: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("xt::slope", mutates_args=(), device_types="cpu")
+def slope(dy: Tensor, x: Tensor) -> Tensor:
+    """dy (N, F), x (N, K) -> the gradient of a weight (F, K)."""
+    return dy.t() @ x
+
+
+@slope.register_kernel("cuda")
+def _slope(dy: Tensor, x: Tensor) -> Tensor:
+    (rows, outer), inner = dy.shape, x.shape[1]
+    dw = x.new_empty(outer, inner)
+    cublaslt.product(inner, outer, rows, False, True, PLAIN, x.dtype, x.get_device())(x, dy, dw)
+    return dw
+
+
+@slope.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1])
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.xt.matmul(x, weight)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.ops.xt.back(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, torch.ops.xt.slope(dy, x) if ctx.needs_input_grad[1] else None
+
+
+class _Biased(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.xt.product(x, weight, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.ops.xt.back(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, *(torch.ops.xt.slopes(dy, x) if ctx.needs_input_grad[1] else (None, None))
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        h, p = torch.ops.xt.product_gelu(x, up, up_bias)
+        ctx.save_for_backward(x, up, down, h, p)
+        return torch.ops.xt.product(h, down, down_bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, up, down, h, p = ctx.saved_tensors
+        dy = dy.contiguous()
+        dp = torch.ops.xt.slope_gelu(dy, down, p)
+        return torch.ops.xt.back(dp, up), *torch.ops.xt.slopes(dp, x), *torch.ops.xt.slopes(dy, h)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in the type of `weight`: x (..., K), weight (F, K), bias (F,) -> (..., F)."""
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    given = (rows, weight) if bias is None else (rows, weight, bias.to(weight.dtype))
+    y: Tensor = (_Plain if bias is None else _Biased).apply(*given)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+    """gelu(x up^T + up_bias) down^T + down_bias in the type of `up`: x (..., K), up (F, K), down (K, F) -> (..., K)."""
+    rows = x.reshape(-1, x.shape[-1]).to(up.dtype)
+    y: Tensor = _FeedForward.apply(rows, up, up_bias.to(up.dtype), down, down_bias.to(up.dtype))  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def suits(*widths: int) -> bool:
+    """Whether the kernels take matrices of these widths."""
+    return all(width % ALIGN == 0 for width in widths)
