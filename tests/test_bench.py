@@ -75,7 +75,7 @@ def test_visible_pairs(text: str) -> None:
 
 
 @pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["fused", "flash", "math"])
+@pytest.mark.parametrize("name", ["xt", "flash", "math"])
 def test_kernels_agree_with_the_specification(name: str, case: cases.Case) -> None:
     shape = cases.Shape(2, 4, 2, 40, 16)
     if kernels.never(name, case, CPU):
@@ -125,7 +125,7 @@ def test_attention_is_measured_on_every_kernel_or_the_reason_is_told() -> None:
     found = attention.run(small(masks=("causal", "softcap")), PLACE, lambda text: None)
     ran = {(row["case"], row["kernel"], row["seq"]) for row in found["rows"] if "forward" in row}
     assert ran == {(c, n, s) for s in (32, 64) for c, n in
-                   (("causal", "fused"), ("causal", "flash"), ("causal", "math"), ("causal", "plain"), ("softcap", "plain"))}  # fmt: skip
+                   (("causal", "xt"), ("causal", "flash"), ("causal", "math"), ("causal", "plain"), ("softcap", "plain"))}  # fmt: skip
     why = {row["kernel"]: row["skipped"] for row in found["rows"] if row.get("skipped")}
     assert why["flex"] == why["cudnn"] == "needs an NVIDIA GPU"
     assert why["math"] == "PyTorch's kernels have only the ordinary softmax"
@@ -134,7 +134,7 @@ def test_attention_is_measured_on_every_kernel_or_the_reason_is_told() -> None:
         row["flop"]["forward"] / row["forward"]["median_ms"] / 1e9, rel=1e-6
     )
     assert not any(row.get("wrong") for row in found["rows"])
-    assert set(found["growth"]["causal fused"]) == {"time", "memory"}
+    assert set(found["growth"]["causal xt"]) == {"time", "memory"}
     json.dumps(found)
 
 

@@ -155,11 +155,15 @@ def test_weights_cannot_be_dropped_from_a_mask_by_blocks() -> None:
 
 
 LENGTH = 300
+ALIBI = {"kind": "alibi", "scaled": True}
 MODELS: dict[str, tuple[bool, dict[str, Any], tuple[str, ...]]] = {
     # name: (causal, attention, padding)
     "window": (True, {"heads": 4, "kv_heads": 2, "mask": {"kind": "window", "left": 40}}, ("none", "left", "right")),
     "causal": (True, {}, ("left", "right")),
     "encoder": (False, {"qk_norm": "rms"}, ("none",)),
+    "alibi": (True, {"position": "alibi"}, ("none", "left", "right")),
+    "alibi both sides": (False, {"position": {"kind": "alibi", "places": "counted"}}, ("none", "left", "right")),
+    "alibi window": (True, {"position": ALIBI, "mask": {"kind": "window", "left": 40}}, ("none", "right")),
     "chunks": (False, {"mask": {"kind": "chunks", "chunk": 50, "after": 1}}, ("none", "right")),
     "local": (False, {"kind": "local", "radius": 20, "kv_heads": 1}, ("none", "left", "right")),
     "gaps": (False, {"kind": "local", "radius": 20, "dilation": 3}, ("none", "right")),
@@ -231,6 +235,8 @@ def test_models_agree_on_both_routes(
         {"score": "entmax"},
         {"position": {"kind": "shaw", "distance": 4}},
         {"position": "t5"},
+        {"position": {"kind": "alibi", "rounded": True}},
+        {"position": {"kind": "all", "of": ["alibi", "t5"]}},
     ],
     ids=str,
 )

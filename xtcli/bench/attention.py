@@ -125,6 +125,7 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
             left = config.limit - (time.perf_counter() - began)
             try:
                 found, out = _measure(case, name, config, seq, place, left / waiting, left)
+                row["route"] = found.pop("route", None)
                 row |= _rated(found, row, product["flop_per_s"])
                 # Kept in main memory, so that it does not count in the peak of the next.
                 out = out.cpu()
@@ -147,6 +148,7 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
             "matmul": product,
             "cases": {case.name: case.facts() for case in wanted},
             "growth": growth(rows),
+            "behind": behind(rows),
             "seconds": time.perf_counter() - began,
             "rows": rows,
         },
@@ -202,6 +204,7 @@ def _timed(
     found: dict[str, Any] = {}
     # The call that shows memory and output is also the one that compiles.
     began = time.perf_counter()
+    found["route"] = ready.route
     found["peak_bytes"], out, once = _peak(ready, given, device, config.forward_only)
     spent = time.perf_counter() - began
     found["start_ms"] = spent * 1e3
@@ -295,6 +298,19 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def total_ms(row: Mapping[str, Any]) -> float:
     """Forward and backward together, median."""
     return sum(float(row[part]["median_ms"]) for part in ("forward", "backward") if part in row)
+
+
+def behind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each attention that ours and another kernel ran: the fastest other one, and our time over its time."""
+    found = []
+    measured = list(ran(rows))
+    for ours in (row for row in measured if row["kernel"] == "xt"):
+        others = [r for r in measured if (r["case"], r["seq"]) == (ours["case"], ours["seq"]) and r is not ours]
+        if others:
+            best = min(others, key=total_ms)
+            over = total_ms(ours) / total_ms(best)
+            found.append({"case": ours["case"], "seq": ours["seq"], "best": best["kernel"], "times_best": over})
+    return found
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

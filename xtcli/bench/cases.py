@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xtcli.errors import did_you_mean, refuse
 from xtcli.model import construct
-from xtcli.parts import masks
+from xtcli.parts import blockmasks, masks, routes
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.graphs import Graph
 from xtcli.parts.norms import LayerNorm
@@ -179,10 +179,15 @@ def inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) ->
 
 def _bias(case: Case, shape: Shape, ctx: Ctx, queries: int) -> Tensor:
     """The scores that the position adds, (1, H, queries, S); a learned table is filled with normal numbers."""
-    module = part_of(case.position)(case.position, _scope(shape), shape.heads)  # type: ignore[arg-type]
     with torch.no_grad():
-        scores: Tensor = _filled(module, ctx.keys.device, torch.float32).scores(ctx, queries)
+        scores: Tensor = _bias_module(case, shape, ctx.keys.device).scores(ctx, queries)
     return scores
+
+
+def _bias_module(case: Case, shape: Shape, device: torch.device) -> Any:
+    """The position's part."""
+    module = part_of(case.position)(case.position, _scope(shape), shape.heads)  # type: ignore[arg-type]
+    return _filled(module, device, torch.float32)
 
 
 def _scope(shape: Shape) -> Scope:
@@ -245,6 +250,19 @@ def _made(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) ->
 
 
 _kept = lru_cache(maxsize=2)(_made)
+
+
+def routed(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Visible:
+    """The same as the stack of a model in training hands it on: by blocks where that is the faster route."""
+    places = torch.arange(shape.seq, device=device)[None, :]
+    ctx = Ctx(positions=places, keys=places)
+    bias = None if case.position is None else _bias_module(case, shape, device)
+    taken = bias is None or bias.pairwise
+    x = torch.empty(shape.batch, shape.seq, 0, device=device, dtype=dtype)
+    if not (taken and routes.suits(x) and routes.by_blocks(case.rule, None if bias is None else 0, ctx, shape.seq)):
+        return visible(case, shape, device, dtype)
+    scores = None if bias is None else bias.by_pair(ctx, shape.batch)
+    return Visible(blocks=replace(blockmasks.of_rule(case.rule, ctx, shape.batch), scores=scores))
 
 
 def bias_by_distance(case: Case, shape: Shape, device: torch.device) -> Tensor | None:

@@ -2,7 +2,7 @@
 
     cudnn, flash, efficient, math   PyTorch's scaled-dot-product attention, pinned to one of its kernels
     flex                            FlexAttention, compiled; masks as blocks, biases and caps in the kernel
-    fused                           ours: PyTorch's function, the kernel of its choice
+    xt                              ours: what training takes (parts/routes.py), one of PyTorch's or flex
     plain                           ours: written out in tensors
     own                             ours: a mixer whose cost is linear in the length, which no other kernel can do
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, scale, score_of, visible
+from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, routed, scale, score_of, visible
 from xtcli.parts.context import Ctx
 from xtcli.parts.kernels import fused, plain
 from xtcli.parts.scores import Softcap, Softmax, WideSoftmax
@@ -39,7 +39,7 @@ PINNED: Mapping[str, tuple[SDPBackend, str]] = {
 """Name -> the kernel, and the word by which PyTorch's warnings speak of it."""
 
 GPU_ONLY = ("cudnn", "efficient", "flex")
-NAMES = ("fused", "cudnn", "flash", "efficient", "flex", "plain", "math", "own")
+NAMES = ("xt", "cudnn", "flash", "efficient", "flex", "plain", "math", "own")
 WRITTEN_OUT = ("math", "plain")
 """Kernels that store the scores of all pairs."""
 
@@ -57,13 +57,14 @@ class Cannot(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A ready attention, the context to call it in, bytes of masks and biases that it reads, and what to try instead
-    where its tiles do not fit into the GPU's shared memory."""
+    """A ready attention, the context to call it in, bytes of masks and biases that it reads, what to try instead where
+    its tiles do not fit into the GPU's shared memory, and which way ours took."""
 
     attend: Attend
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     masks: int = 0
     smaller: Callable[[], Kernel] | None = None
+    route: str | None = None
 
 
 def never(name: str, case: Case, device: torch.device) -> str | None:
@@ -88,6 +89,11 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
     impossible = never(name, case, device)
     if impossible is not None:
         raise Cannot(impossible)
+    if device.type == "cuda":
+        # A backward pass that is run again and again must find the buffers of the forward pass untouched.
+        from torch._functorch import config
+
+        config.donated_buffer = False
     if name == "own":
         return _own(case, shape, device, dtype)
     room = _needed(name, case, shape, dtype)
@@ -96,7 +102,7 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
     if name == "flex":
         return _flex(case, shape, device)
     factor = scale(shape)
-    seen = visible(case, shape, device, dtype)
+    seen = visible(case, shape, device, dtype) if name != "xt" else routed(case, shape, device, dtype)
     stored = 0 if seen.mask is None else seen.mask.untyped_storage().nbytes()
     if name == "plain":
         score = score_of(case, shape, device)
@@ -105,8 +111,8 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused(q, k, v, seen, factor, 0.0)
 
-    if name == "fused":
-        return Kernel(attend, masks=stored)
+    if name == "xt":
+        return Kernel(attend, masks=stored, route="flex" if seen.blocks is not None else "PyTorch's")
     return Kernel(attend, lambda: sdpa_kernel([PINNED[name][0]]), stored)
 
 
@@ -161,8 +167,6 @@ def _flex(case: Case, shape: Shape, device: torch.device, tiles: Mapping[str, in
         return score if bend is None else bend(config, score)
 
     torch._dynamo.reset()
-    # A backward pass that is run again and again must find the buffers of the forward pass untouched.
-    torch._functorch.config.donated_buffer = False
     blocks = None
     if rule.kind != "full":
         blocks = create_block_mask(mask_mod, None, None, shape.seq, shape.seq, device=str(device))

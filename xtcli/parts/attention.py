@@ -212,7 +212,8 @@ class Attention(Heads):
             cause = f"'{rule.kind}' shows keys behind the query, which a decoder is to predict"
             raise Impossible("mask", cause, "use {kind: all, of: [causal, ...]}, or an encoder")
         self.aligned = masks.aligned(rule)
-        self.view: int = scope.shared.view(rule, bias, False, bias is None and self.unchanged)
+        by_pair = bias is None or getattr(scope.shared.biases[bias], "pairwise", False)
+        self.view: int = scope.shared.view(rule, bias, False, by_pair and self.unchanged)
         # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,
         # and those that another layer's scores are carried to.
         carried = any(hasattr(score, "chain") for score in self.score.modules())

@@ -83,7 +83,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Ten
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # One program for each shape and mask; past its limit the compiler would go on without the kernel.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def dense(blocks: Blocks, dtype: torch.dtype, rows: int, heads: int) -> Visible:
@@ -95,7 +97,7 @@ def dense(blocks: Blocks, dtype: torch.dtype, rows: int, heads: int) -> Visible:
     head = torch.arange(heads, device=device)[:, None, None]
     q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
     seen = _unlisted(mask.kv_num_blocks, mask.kv_indices, size, length) & mask.mask_mod(row, head, q, k)
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         seen = seen | _unlisted(mask.full_kv_num_blocks, mask.full_kv_indices, size, length)
     if blocks.scores is None:
         return Visible(seen)
@@ -201,7 +203,7 @@ def by_block(x: Tensor, size: int) -> Tensor:
     short = -x.shape[1] % size
     if short:
         x = torch.cat((x, x[:, -1:].expand(-1, short)), 1)
-    return x.unflatten(1, (-1, size))
+    return x.unflatten(1, (-1, size))  # type: ignore[no-any-return]
 
 
 def lonely(rule: Config, keep: Tensor, documents: Tensor | None) -> Tensor:

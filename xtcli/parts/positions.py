@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from xtcli import registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
+from xtcli.parts.blockmasks import Scores
 from xtcli.parts.context import Ctx
 from xtcli.parts.embed import SinusoidalPlaces
 from xtcli.parts.linear import Linear, Table
@@ -68,12 +69,14 @@ class Bias(nn.Module):
     """Something added to the scores, one for the stack: `scores(ctx, queries)` gives (B|1, H, T, S).
 
     share: see above. slides: depends on the distance of slots alone. reads_width: is made for heads of one width.
+    pairwise: `by_pair(ctx, rows)` gives what a kernel does to the score of one pair (`blockmasks.Scores`).
     """
 
     reach = "bias"
     share = 1.0
     slides = False
     reads_width = False
+    pairwise = False
 
 
 def bucket(distance: Tensor, buckets: int, furthest: int, both_sides: bool) -> Tensor:
@@ -152,19 +155,14 @@ class Alibi(Bias):
         self.slopes = alibi_slopes(heads)
         self.both_sides = not scope.causal
         self.counted, self.rounded = config.places == "counted", config.rounded
-        self.slides = not self.counted
+        self.slides, self.pairwise = not self.counted, not self.rounded
         self.factor = (scope.head_dim or 1) ** -0.5 if config.scaled else 1.0
         if config.rounded and self.both_sides:
             raise Impossible("rounded", "means places of keys, which a model that sees both ways cannot tell apart")
 
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(B|1, H, T, S); symmetric in an encoder."""
-        keys, places = ctx.keys, ctx.positions
-        if self.counted and ctx.documents is None:
-            end = ctx.offset + queries
-            real = ctx.keep if ctx.keep is not None else torch.ones_like(keys, dtype=torch.bool)
-            keys = (real.cumsum(-1) - 1) * real
-            places = keys[:, ctx.offset : end]
+        keys, places = self.places(ctx, queries)
         # From the host without waiting for the device.
         slopes = torch.tensor(self.slopes).to(keys.device, non_blocking=True)[None, :, None, None]
         if self.rounded:
@@ -173,6 +171,28 @@ class Alibi(Bias):
         distance = (keys[:, None, :] - places[:, :, None])[:, None].float()
         steps = -distance.abs() if self.both_sides else distance
         return slopes * steps * self.factor
+
+    def places(self, ctx: Ctx, queries: int) -> tuple[Tensor, Tensor]:
+        """Places of keys (B|1, S) and queries (B|1, T)."""
+        keys, places = ctx.keys, ctx.positions
+        if self.counted and ctx.documents is None:
+            end = ctx.offset + queries
+            real = ctx.keep if ctx.keep is not None else torch.ones_like(keys, dtype=torch.bool)
+            keys = (real.cumsum(-1) - 1) * real
+            places = keys[:, ctx.offset : end]
+        return keys, places
+
+    def by_pair(self, ctx: Ctx, rows: int) -> Scores:
+        """`scores` of one pair, for a text that is read at once."""
+        keys, places = (x.expand(rows, -1) for x in self.places(ctx, ctx.keys.shape[1]))
+        slopes = (torch.tensor(self.slopes) * self.factor).to(keys.device, non_blocking=True)
+        both_sides = self.both_sides
+
+        def scores(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            distance = keys[row, k] - places[row, q]
+            return score + slopes[head] * (-distance.abs() if both_sides else distance)
+
+        return scores
 
 
 @part("position", "distance-mlp")

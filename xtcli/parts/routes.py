@@ -33,9 +33,10 @@ def suits(x: Tensor) -> bool:
     return kind in HALF
 
 
-def by_blocks(rule: Config, ctx: Ctx, queries: int) -> bool:
-    """Whether a rule over this text is one that FlexAttention is for, and a text without places in front."""
+def by_blocks(rule: Config, bias: int | None, ctx: Ctx, queries: int) -> bool:
+    """Whether a rule over this text, and what is added to its scores, is for FlexAttention, as all other kernels want a
+    mask of all pairs; a text with places in front of it is not."""
     if ctx.offset or ctx.prefix or ctx.prefix_reads or queries != ctx.keys.shape[1]:
         return False
     plain = ("full",) if ctx.keep is not None else ("full", "causal")
-    return ctx.documents is not None or rule.kind not in plain
+    return ctx.documents is not None or bias is not None or rule.kind not in plain

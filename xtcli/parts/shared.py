@@ -115,22 +115,27 @@ class Shared(nn.Module):
         """The context with all tables, for queries x (B, T, D)."""
         queries = x.shape[1]
         turns = tuple(turn.tables(ctx, x.dtype) for turn in self.turns)  # type: ignore[operator]
-        biases = {n: self.biases[n].scores(ctx, queries).to(x.dtype) for n in self._dense()}  # type: ignore[operator]
         suits = routes.suits(x)
-
-        def visible_to(view: View) -> Visible:
-            if suits and view.blocks and routes.by_blocks(view.rule, ctx, queries):
-                check_length(view.rule, ctx)
-                return Visible(blocks=blockmasks.of_rule(view.rule, ctx, x.shape[0]))
-            return render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
-
-        visible = tuple(visible_to(view) for view in self.views)
+        by_blocks = [
+            suits and view.blocks and routes.by_blocks(view.rule, view.bias, ctx, queries) for view in self.views
+        ]
+        # What is stored for all pairs of a text, once for all views that read it.
+        stored = dict.fromkeys(v.bias for v, block in zip(self.views, by_blocks, strict=True) if not block)
+        biases = {n: self.biases[n].scores(ctx, queries).to(x.dtype) for n in stored if n is not None}  # type: ignore[operator]
+        visible = tuple(
+            self.by_blocks(view, ctx, x.shape[0])
+            if block
+            else render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
+            for view, block in zip(self.views, by_blocks, strict=True)
+        )
         layouts = tuple(layout.lay(x, ctx, self.biases) for layout in self.layouts)  # type: ignore[operator]
         return replace(ctx, turns=turns, visible=visible, layouts=layouts)
 
-    def _dense(self) -> list[int]:
-        """The biases that are stored for all pairs of a text."""
-        return list(dict.fromkeys(view.bias for view in self.views if view.bias is not None))
+    def by_blocks(self, view: View, ctx: Ctx, rows: int) -> Visible:
+        """A view of `rows` texts as a mask by blocks."""
+        check_length(view.rule, ctx)
+        scores = None if view.bias is None else self.biases[view.bias].by_pair(ctx, rows)  # type: ignore[operator]
+        return Visible(blocks=replace(blockmasks.of_rule(view.rule, ctx, rows), scores=scores))
 
 
 def _reads_width(config: Config) -> bool:
