@@ -10,12 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from xtcli.fast import attend as attending  # noqa: E402
-from xtcli.fast import ends, twins  # noqa: E402
-from xtcli.fast import product as products  # noqa: E402
-from xtcli.fast.plan import KNOWN, Heads, Matrix, Norm, Turn  # noqa: E402
-from xtcli.parts.int8 import Int8Linear  # noqa: E402
-from xtcli.parts.linear import Linear  # noqa: E402
+from xtcli.fast import attend as attending
+from xtcli.fast import ends, twins
+from xtcli.fast import product as products
+from xtcli.fast.plan import KNOWN, Heads, Matrix, Norm, Turn
+from xtcli.parts.int8 import Int8Linear
+from xtcli.parts.linear import Linear
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -56,7 +56,9 @@ SIZES = [(1, 96, (40, 24, 24)), (1, 33, (7, 3, 5)), (1, 128, (65, 9, 1)), (3, 96
 @pytest.mark.parametrize("kind", [None, "rms", "plus", "layer"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "sizes"), SIZES, ids=str)
-def test_matrices_behind_one_another(rows: int, width: int, sizes: tuple[int, ...], bias: bool, kind: str | None) -> None:
+def test_matrices_behind_one_another(
+    rows: int, width: int, sizes: tuple[int, ...], bias: bool, kind: str | None
+) -> None:
     parts = tuple(matrix(size, width, bias, seed=at) for at, size in enumerate(sizes))
     torch.testing.assert_close(*both(2 + normal(rows, width), norm(kind, width), parts, sum(sizes)), **CLOSE)
 
@@ -163,7 +165,11 @@ def test_the_likeliest_token() -> None:
     logits[4] = float("-inf")
     made = []
     for module in (ends, twins):
-        tokens, slots, said = torch.zeros(6, dtype=torch.long), torch.tensor([0, 3, 1, 1, 1, 4]), torch.zeros(6, 6).long()
+        tokens, slots, said = (
+            torch.zeros(6, dtype=torch.long),
+            torch.tensor([0, 3, 1, 1, 1, 4]),
+            torch.zeros(6, 6).long(),
+        )
         module.likeliest(logits, 8999, tokens, slots, said)  # type: ignore[attr-defined]
         made.append((tokens, slots, said))
     for one, other in zip(*made, strict=True):

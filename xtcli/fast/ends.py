@@ -77,9 +77,7 @@ def embed(
     )
 
 
-def likeliest(
-    logits: Tensor, vocab: int, tokens: Tensor, slots: Tensor, said: Tensor, *, pdl: bool = False
-) -> None:
+def likeliest(logits: Tensor, vocab: int, tokens: Tensor, slots: Tensor, said: Tensor, *, pdl: bool = False) -> None:
     """The best of the first `vocab` logits (B, V) becomes each row's token and enters `said`; as in `twins`."""
     launch = {"launch_pdl": True} if pdl else {}
     block = 8192 if vocab > 4096 else 1024

@@ -131,7 +131,7 @@ class OnGpu:
 
 
 def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`run` as a graph of launches on a GPU; it is run once before. Raises RuntimeError where it waits for the device."""
+    """`run` as a graph of launches on a GPU, which it may not wait for; it is run once before."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -140,4 +140,4 @@ def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay

@@ -120,26 +120,19 @@ class Plan:
 def plan(model: Graph, capacity: int) -> Plan:
     """The step of a model whose texts have `capacity` slots; raises Unplanned."""
     _exactly(model, Decoder, "the graph")
-    embed, stack, heads = model.embed, model.stack, model.heads  # type: ignore[union-attr]
+    known: Any = model
+    embed, stack, heads = known.embed, known.stack, known.heads
     _exactly(stack, Stack, "the stack")
-    if model.prefix is not None or stack.recurrence is not None or model.accepts:  # type: ignore[union-attr, operator]
+    if known.prefix is not None or stack.recurrence is not None or known.accepts:
         raise Unplanned("memory tokens, recurrence and further inputs are not among the kernels' parts")
     if "lm" not in heads:
         raise Unplanned("the head is no plain language model")
     ctx = Ctx(*(2 * [torch.arange(capacity, device=model.device)[None]]))
-    turns = [_turn(turn, ctx, model.dtype) for turn in stack.shared.turns]  # type: ignore[union-attr, arg-type]
-    layers = tuple(_layer(block, stack, turns) for block in stack.blocks)  # type: ignore[union-attr, arg-type]
+    turns = [_turn(turn, ctx, model.dtype) for turn in stack.shared.turns]
+    layers = tuple(_layer(block, stack, turns) for block in stack.blocks)
     head, cap = _head(heads["lm"], model)
     table, scale, places = _embed(embed, ctx, model.dtype)
-    return Plan(table, scale, places, layers, _norm(stack.norm), head, cap)  # type: ignore[arg-type]
-
-
-def tensors(made: Any) -> list[Tensor]:
-    """Every tensor that a plan holds."""
-    if isinstance(made, Tensor):
-        return [made]
-    inner = made if isinstance(made, tuple) else vars(made).values() if hasattr(made, "__dataclass_fields__") else ()
-    return [found for one in inner for found in tensors(one)]
+    return Plan(table, scale, places, layers, _norm(stack.norm), head, cap)
 
 
 def _exactly(module: Any, kind: type, what: str) -> None:
@@ -254,9 +247,7 @@ def _heads(mixer: Any, stack: Any, turns: list[Turn]) -> Heads:
     if any(one is not None and one.kind != "rms" for one in norms):
         raise Unplanned("the norm of queries and keys is no rms")
     _alike(tuple(_matrix(one) for one in (mixer.q, mixer.k, mixer.v)))
-    return Heads(
-        mixer.heads, mixer.groups, mixer.head_dim, mixer.scale, norms[0], norms[1], turn, _left(view.rule)
-    )
+    return Heads(mixer.heads, mixer.groups, mixer.head_dim, mixer.scale, norms[0], norms[1], turn, _left(view.rule))
 
 
 def _left(rule: Any) -> int | None:

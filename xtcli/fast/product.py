@@ -131,10 +131,7 @@ def _row(  # type: ignore[no-untyped-def]
         other = tl.load(w1 + at, mask=seen, other=0.0, eviction_policy="evict_first")
     late(PDL)
     inside = k < width
-    if EVEN:
-        whole = tl.load(x + k).to(tl.float32)
-    else:
-        whole = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    whole = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     whole = _normed(whole, gain, shift, k, inside, width, eps, offset, ROUND, NORM)
     total = tl.sum(tile.to(tl.float32) * whole[None, :], 1)
     if PAIRED:

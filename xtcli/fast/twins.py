@@ -87,7 +87,14 @@ def attend(
 
 
 def embed(
-    tokens: Tensor, slots: Tensor, pads: Tensor, table: Tensor, scale: float, places: Tensor | None, out: Tensor, **_: Any
+    tokens: Tensor,
+    slots: Tensor,
+    pads: Tensor,
+    table: Tensor,
+    scale: float,
+    places: Tensor | None,
+    out: Tensor,
+    **_: Any,
 ) -> None:
     """Tokens (B,) in slots (B,) of rows with pads (B,) in front -> out (B, K)."""
     x = F.embedding(tokens, table)

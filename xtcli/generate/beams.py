@@ -63,6 +63,8 @@ def search(
     began = time.perf_counter()
     logits = feed.start()
     device = logits.device
+    if device.type == "cuda" and not feed.eager:
+        feed.slow = "beams change places at each of them"
     feed.select(torch.arange(len(budgets), device=device).repeat_interleave(width))
     logits = logits.repeat_interleave(width, dim=0)
     penalty = rules.sampling.repetition_penalty

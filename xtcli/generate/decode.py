@@ -3,7 +3,8 @@
     eos      the token that ends a text          length   as many tokens as were asked for
     stop     a stop string                       context  as many tokens as the model takes
 
-Rows that have ended leave the batch when half of it has. The host looks at the device once a step.
+Rows that have ended leave the batch when half of it has. How tokens are chosen and come to the host stands in pen.py
+and ahead.py.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xtcli.errors import refuse
+from xtcli.generate.ahead import pen_for
 from xtcli.generate.feed import Feed
-from xtcli.generate.sampling import Sampling, draw, penalise, random_numbers
+from xtcli.generate.pen import choose
+from xtcli.generate.rules import Rules
+from xtcli.generate.sampling import random_numbers
 from xtcli.generate.stops import Text
+
+__all__ = ["Choice", "Finish", "Piece", "Row", "Rules", "Timing", "choose", "decode"]
 
 Finish = Literal["eos", "stop", "length", "context"]
 
@@ -99,34 +104,6 @@ class Timing:
         return self._rate(self.decode_tokens, self.decode_seconds)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What holds for all rows. `vocab` is the number of ids that have a text; `lens` alternatives are noted.
-
-    `first` is the token that every text begins with, `last` the one that ends a text at its limit; None is any.
-    """
-
-    sampling: Sampling
-    ends: frozenset[int]
-    vocab: int
-    seed: int = 0
-    lens: int = 0
-    first: int | None = None
-    last: int | None = None
-
-    def force(self, logits: Tensor, step: int, budgets: Sequence[int]) -> Tensor:
-        """Logits (B, V) of token `step`, in which only the token that must come is left in the rows that have one."""
-        for token, rows in (
-            (self.first, [step == 0] * len(budgets)),
-            (self.last, [step == budget - 1 for budget in budgets]),
-        ):
-            if token is not None and any(rows):
-                only = torch.full_like(logits[:1], float("-inf"))
-                only[0, token] = 0.0
-                logits = torch.where(torch.tensor(rows, device=logits.device)[:, None], only, logits)
-        return logits
-
-
 def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: Timing) -> Iterator[Piece]:
     """Write all rows; each of the feed's prompts has `repeats` rows, one behind the other."""
     began = time.perf_counter()
@@ -134,20 +111,19 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
     if repeats > 1:
         feed.select(torch.arange(len(rows) // repeats, device=logits.device).repeat_interleave(repeats))
         logits = logits.repeat_interleave(repeats, dim=0)
-    sampling, alive = rules.sampling, list(rows)
-    seen = feed.seen(rules.vocab) if sampling.repetition_penalty != 1 else None
+    alive = list(rows)
+    most = max(row.budget for row in rows)
     numbers = None
-    if not sampling.greedy:
-        most = max(row.budget for row in rows)
+    if not rules.sampling.greedy:
         numbers = random_numbers(rules.seed, [row.number for row in rows], most, logits.device)
-    for step in range(max(row.budget for row in rows)):
-        logits = rules.force(logits[:, : rules.vocab], step, [row.budget for row in alive])
-        chosen, host = choose(logits, sampling, seen, None if numbers is None else numbers[:, step])
+    pen = pen_for(feed, rules, logits, numbers, [row.budget for row in rows])
+    for step in range(most):
+        host = pen.take(step, [row.budget for row in alive])
         if step == 0:
             timing.prefill_seconds += time.perf_counter() - began
             began = time.perf_counter()
         if rules.lens:
-            _note(logits, chosen, [row if row.finish is None else None for row in alive], rules.lens)
+            _note(pen.logits, pen.chosen, [row if row.finish is None else None for row in alive], rules.lens)
         for row, token in zip(alive, host, strict=True):
             if row.finish is None:
                 timing.decode_tokens += step > 0
@@ -158,34 +134,10 @@ def decode(feed: Feed, rows: Sequence[Row], repeats: int, rules: Rules, timing: 
         going = [at for at, row in enumerate(alive) if row.finish is None]
         if not going:
             break
-        if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
         if 2 * len(going) <= len(alive):
             alive = [alive[at] for at in going]
-            keep = torch.tensor(going, device=logits.device)
-            feed.select(keep)
-            chosen = chosen[keep]
-            seen = None if seen is None else seen[keep]
-            numbers = None if numbers is None else numbers[keep]
-        logits = feed.step(chosen)
+            pen.select(going)
     timing.decode_seconds += time.perf_counter() - began
-
-
-def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, numbers: Tensor | None) -> tuple[Tensor, list[int]]:
-    """The next token of each row, on the device and on the host; raises UserError where logits are no numbers."""
-    if seen is not None:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
-    if numbers is None:
-        chosen = logits.argmax(-1)
-        weight = logits.gather(-1, chosen[:, None])[:, 0]
-    else:
-        probabilities = sampling.probabilities(logits)
-        chosen = draw(probabilities, numbers)
-        weight = probabilities.gather(-1, chosen[:, None])[:, 0]
-    host = torch.where(weight.isfinite(), chosen, -1).tolist()
-    if -1 in host:
-        raise refuse("the model's logits are not numbers", "its weights are damaged, or try --dtype fp32")
-    return chosen, host
 
 
 def _note(logits: Tensor, chosen: Tensor, rows: Sequence[Row | None], count: int) -> None:

@@ -180,11 +180,14 @@ def _write(job: _Job) -> Iterator[Piece]:
     repeats = max(options.beams, options.samples)
     for group in grouped(job.prompts, job.slots, ROWS // repeats, aligned(job.model)):
         feed = _feed(job, group)
+        feed.eager = options.eager
         answer.timing.prefill_tokens += sum(len(prompt.ids) for prompt in group)
         yield from (_search if options.beams > 1 else _draw)(job, feed, group)
         if feed.uncached is not None:
             since = f"from {feed.uncached:,} tokens on"
             answer.notes.append(f"{since} earlier ones change whenever one follows, so each step reads the whole text")
+        elif feed.slow is not None:
+            answer.notes.append(f"steps wait for one another and are not recorded: {feed.slow}")
 
 
 def _feed(job: _Job, group: Sequence[Prompt]) -> Feed:

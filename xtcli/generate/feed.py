@@ -33,7 +33,13 @@ def aligned(model: nn.Module) -> bool:
 
 
 class Feed:
-    """Rows of tokens and the state of the model that has read them."""
+    """Rows of tokens and the state of the model that has read them.
+
+    eager: every step runs as the first one did, none is recorded. slow: why that is so where it need not have been.
+    """
+
+    eager = False
+    slow: str | None = None
 
     def __init__(
         self,

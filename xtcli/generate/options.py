@@ -26,6 +26,7 @@ class Options:
     fill_top        guesses for each mask
     lens            the likeliest tokens to note beside each token, 0 for none
     past_context    texts may grow beyond the length that the preset plans for, where positions allow it
+    eager           no step is recorded and replayed: for a model whose weights change between calls
     """
 
     max_tokens: int = 200
@@ -38,6 +39,7 @@ class Options:
     fill_top: int = 5
     lens: int = 0
     past_context: bool = False
+    eager: bool = False
 
     def __post_init__(self) -> None:
         wrong = []

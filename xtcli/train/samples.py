@@ -34,7 +34,8 @@ def draw(model: Graph, job: Any) -> str:
     if not prompts:
         return ""
     room = model.context or PROMPT_TOKENS + job.config.sample_tokens
-    options = Options(max_tokens=max(1, min(job.config.sample_tokens, room - PROMPT_TOKENS)), seed=job.config.seed)
+    most = max(1, min(job.config.sample_tokens, room - PROMPT_TOKENS))
+    options = Options(max_tokens=most, seed=job.config.seed, eager=True)
     return shown(generate(model, job.tokenizer, prompts, options))
 
 

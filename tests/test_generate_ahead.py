@@ -1,0 +1,170 @@
+"""Steps that run ahead of the host write the same texts as the model's own parts, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DECODERS, lively
+
+from xtcli.errors import UserError
+from xtcli.fast import twins
+from xtcli.fast.plan import Unplanned, plan
+from xtcli.generate import ahead
+from xtcli.generate.decode import Row, Rules, Timing, decode
+from xtcli.generate.engine import undisturbed
+from xtcli.generate.feed import Feed
+from xtcli.generate.sampling import Sampling
+from xtcli.generate.stops import Text
+from xtcli.model import Model, build
+from xtcli.parts.int8 import Int8Linear, quantise
+
+PLANNED = ["gpt2-small", "tinyllama-1.1b", "falcon-7b", "falcon-40b", "gpt3-175b", "x-glu", "x-decoder"]
+PROMPTS = [[5, 9, 2], [7], list(range(20, 40))]
+GREEDY = Sampling(temperature=0)
+
+
+class Mute:
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Run the twins' steps on the CPU; the kinds of pens that were made."""
+    made: list[type] = []
+    monkeypatch.setattr(ahead, "kernels_on", lambda device: twins)
+    usual = ahead.pen_for
+
+    def noted(*given: object) -> object:
+        pen = usual(*given)  # type: ignore[arg-type]
+        made.append(type(pen))
+        return pen
+
+    monkeypatch.setattr("xtcli.generate.decode.pen_for", noted)
+    return made
+
+
+def written(
+    model: Model, rules: Rules, budgets: list[int], prompts: list[list[int]] = PROMPTS, repeats: int = 1
+) -> list[tuple[list[int], str | None]]:
+    feed = Feed(model, prompts, max(budgets))
+    rows = [Row(n, Text(Mute(), ()), budget, False) for n, budget in enumerate(budgets)]  # type: ignore[arg-type]
+    with undisturbed(model):
+        list(decode(feed, rows, repeats, rules, Timing()))
+    return [(row.tokens, row.finish) for row in rows]
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch, *given: object, **more: object) -> list[tuple[list[int], str | None]]:
+    with monkeypatch.context() as inner:
+        inner.setattr(ahead, "kernels_on", lambda device: None)
+        return written(*given, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_greedy_texts_are_the_same(name: str, fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name, tiny=True, seed=3)
+    rules = Rules(GREEDY, frozenset(), 200)
+    for prompts in (PROMPTS, PROMPTS[2:]):
+        budgets = [24, 9, 17][: len(prompts)]
+        assert written(model, rules, budgets, prompts) == plainly(monkeypatch, model, rules, budgets, prompts)
+    assert fast[0] is fast[2] is ahead.Ahead and fast[1] is not ahead.Ahead
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_small_models_are_planned_and_alike_or_refused(
+    name: str, fast: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rules = lively(name, 61), Rules(GREEDY, frozenset([3]), 61)
+    try:
+        plan(model, 64)
+    except Unplanned as reason:
+        feed = Feed(model, PROMPTS, 20)
+        feed.start()
+        with pytest.raises(Unplanned) as refused:
+            ahead._made(feed, 20, rules)
+        # A model that reads its text anew at each step is refused for that.
+        assert str(refused.value) == str(reason) or "earlier tokens change" in str(refused.value)
+        return
+    assert written(model, rules, [30, 5, 12]) == plainly(monkeypatch, model, rules, [30, 5, 12])
+    assert fast[0] is ahead.Ahead
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(top_k=5, min_p=0.01),
+    Sampling(repetition_penalty=1.3),
+    replace(GREEDY, repetition_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_draws_are_the_same(sampling: Sampling, fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively("rotary", 61)
+    for seed in (0, 1):
+        rules = Rules(sampling, frozenset([3, 4]), 61, seed)
+        given = (model, rules, [25, 11, 4, 25, 7, 7], PROMPTS, 2)
+        assert written(*given) == plainly(monkeypatch, *given)
+    assert set(fast[::2]) == {ahead.Ahead}
+    assert len(ahead._kept[model]) == 1, "a step serves every text of its size"
+
+
+def test_an_end_by_force_and_a_first_token(fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively("learned", 61)
+    rules = Rules(GREEDY, frozenset([2]), 61, first=7, last=2)
+    made = written(model, rules, [12, 6, 9])
+    assert made == plainly(monkeypatch, model, rules, [12, 6, 9])
+    assert all(tokens[0] == 7 and tokens[-1] == 2 for tokens, _ in made)
+
+
+def test_rows_that_end_at_once_leave_before_the_step_begins(fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively("learned", 61)
+    rules = Rules(GREEDY, frozenset(), 61)
+    assert written(model, rules, [1, 1, 20]) == plainly(monkeypatch, model, rules, [1, 1, 20])
+
+
+def test_logits_that_are_no_numbers_are_refused(fast: list[type]) -> None:
+    model = lively("learned", 61)
+    rules = Rules(GREEDY, frozenset(), 61)
+    written(model, rules, [8, 8, 8])
+    whole = written(model, rules, [8, 8, 8])[0][0]
+    model.embed.tokens.weight.data[whole[4]] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match="not numbers"):
+        written(model, rules, [8, 8, 8])
+
+
+def test_weights_that_changed_are_seen(fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rules = lively("learned", 61), Rules(GREEDY, frozenset(), 61)
+    before = written(model, rules, [12, 12, 12])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    after = written(model, rules, [12, 12, 12])
+    assert after == plainly(monkeypatch, model, rules, [12, 12, 12]) != before
+
+
+def test_texts_longer_than_a_bucket(fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "bucket", lambda slots: slots)
+    model, rules = lively("rotary", 61), Rules(GREEDY, frozenset(), 61)
+    for budgets in ([5, 5, 5], [30, 30, 30], [12, 12, 12]):
+        assert written(model, rules, budgets) == plainly(monkeypatch, model, rules, budgets)
+    assert 1 <= len(ahead._kept[model]) <= ahead.KEPT
+
+
+def test_eight_bits_are_one_function_for_all_paths(fast: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("tinyllama-1.1b", tiny=True, seed=3)
+    ids = torch.tensor([PROMPTS[2]])
+    with undisturbed(model):
+        exact = model(input_ids=ids).logits
+        assert quantise(model) == 2 * 7 + 1
+        near = model(input_ids=ids).logits
+    assert 0 < (near - exact).abs().max() < 0.1 * exact.abs().max()
+    layer = next(module for module in model.modules() if isinstance(module, Int8Linear))
+    assert layer.whole.dtype == torch.int8 and layer.whole.abs().max() == 127
+    rules = Rules(GREEDY, frozenset(), 200)
+    assert written(model, rules, [20, 20, 20]) == plainly(monkeypatch, model, rules, [20, 20, 20])
+    assert fast[0] is ahead.Ahead
