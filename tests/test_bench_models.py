@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xtcli.bench import again, generation, race, results, stepping, training
-from xtcli.bench.reference import arguments
+from xtcli.bench import again, generation, overhead, peers, performance, race, report, results, stepping, training
+from xtcli.bench.peers.hf import arguments
 from xtcli.commands import bench as command
 from xtcli.config.preset import load_preset
 from xtcli.errors import UserError
 from xtcli.inspect.targets import Target, targets
 from xtcli.model import skeleton
 from xtcli.train.device import Place
+from xtcli.train.optim import set_rate
 
 CPU = Place(torch.device("cpu"), "CPU, 1 threads", "fp32")
 
@@ -42,22 +43,22 @@ def words(*given: str) -> list[Target]:
 def test_ours_and_the_reference_take_the_same_steps(name: str, overrides: tuple[str, ...]) -> None:
     pytest.importorskip("transformers")
     given = words(name, *overrides)
-    config = training.Config.of(given, tiny=True, steps=2, batch=3, length=16, against="transformers")
+    config = training.Config.of(given, tiny=True, steps=2, batch=3, length=16, against=("transformers",))
     ours, theirs = training.run(config, quiet)["rows"]
-    assert ours["same_loss"]
-    assert ours["losses_without_dropout"] == pytest.approx([ours["losses_without_dropout"][0]] * 2, abs=1e-4)
+    assert theirs["same_loss"]
+    assert theirs["losses_without_dropout"] == pytest.approx([theirs["losses_without_dropout"][0]] * 2, abs=1e-4)
     if name != "t5-small":
         # Without dropout the same optimizer, clipping and schedule lead to the same weights, step after step.
         assert ours["losses"][:5] == pytest.approx(theirs["losses"][:5], abs=2e-3)
-    assert ours["ratio"] == pytest.approx(theirs["step"]["median_ms"] / ours["step"]["median_ms"])
+    assert theirs["ratio"] == pytest.approx(theirs["step"]["median_ms"] / theirs["xt_step"]["median_ms"])
 
 
 def test_what_the_reference_cannot_express_is_said() -> None:
     pytest.importorskip("transformers")
     given = words("gpt2-nano", "model.norm=rms")
-    config = training.Config.of(given, tiny=True, steps=2, batch=2, length=8, against="transformers")
+    config = training.Config.of(given, tiny=True, steps=2, batch=2, length=8, against=("transformers",))
     (row,) = training.run(config, quiet)["rows"]
-    assert "cannot express this model" in row["no_reference"]
+    assert "cannot express this model" in row["no_peer"]["transformers"]
     assert "ratio" not in row
 
 
@@ -106,7 +107,15 @@ def test_labels_shift_only_for_a_causal_model() -> None:
 def test_ours_and_the_reference_write_the_same(name: str) -> None:
     pytest.importorskip("transformers")
     config = generation.Config.of(
-        words(name), device="cpu", dtype="fp32", tiny=True, prompt=6, new=6, batch=2, repeats=2, against="transformers"
+        words(name),
+        device="cpu",
+        dtype="fp32",
+        tiny=True,
+        prompt=6,
+        new=6,
+        batch=2,
+        repeats=2,
+        against=("transformers",),
     )
     ours, theirs = generation.run(config, CPU, quiet)["rows"]
     assert theirs["same_tokens"] == 1.0
@@ -178,7 +187,10 @@ def test_a_result_is_repeated_under_its_conditions_only() -> None:
     before = json.loads(json.dumps(training.run(config, quiet)))
     now = again.repeat(before, "r.json", quiet)
     assert now["config"]["presets"] == training.Config.read(before["config"]).presets
-    assert [row[0] for row in results.beside(before, now)] == ["gpt2-nano xt step"]
+    assert [row[0] for row in results.beside(before, now)] == [
+        "gpt2-nano xt step",
+        "gpt2-nano xt processor",
+    ]
     before["conditions"]["device"] = "another machine"
     with pytest.raises(UserError, match="only results of the same device"):
         again.repeat(before, "r.json", quiet)
@@ -219,7 +231,7 @@ def test_the_command_writes_table_file_and_picture(tmp_path) -> None:
         (["attention", "--seq", "x"], "--seq: 'x' is not a length; write --seq 8192 or --seq 1024,2048"),
         (["attention", "--out", "a.txt"], "the file 'a.txt' does not end in .json"),
         (["attention", "--kernel", "flsh"], "--kernel: there is no kernel 'flsh'; did you mean 'flash'?"),
-        (["train", "gpt2-nano", "--against", "torch"], "there is no reference 'torch'"),
+        (["train", "gpt2-nano", "--against", "torch"], "there is no peer 'torch'"),
         (["train", "gpt2-nano", "--budget", "5m", "--tokens", "1M"], "are two budgets"),
         (["--rerun", "nothing.json"], "'nothing.json' cannot be read"),
     ],
@@ -229,3 +241,137 @@ def test_mistakes_read_as_sentences(arguments: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_loop_is_timed_in_blocks_that_end_where_it_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BLOCK", {"cpu": 4})
+    config = training.Config.of(words("gpt2-nano"), tiny=True, steps=12, batch=2, length=8)
+    (row,) = training.run(config, quiet)["rows"]
+    # Of the first step and of the last in each block: one to warm up, three that are timed.
+    assert len(row["losses"]) == 1 + 4
+    assert len(row["step"]["raw_ms"]) == 3
+    assert row["step"]["warm_up_calls"] == 4
+
+
+def test_what_the_loop_adds_is_measured_on_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "BLOCK", 2)
+    monkeypatch.setattr(overhead, "BLOCKS", 3)
+    config = training.Config.of(words("gpt2-nano"), tiny=True, steps=3, batch=2, length=8, loop=True)
+    found = training.run(config, quiet)
+    loop = found["rows"][0]["loop"]
+    assert loop["lines"] == 3
+    assert loop["share"] == pytest.approx(loop["loop"]["median_ms"] / loop["bare"]["median_ms"] - 1)
+    _, loops = report.tables(found)
+    assert loops.rows[0][0] == "gpt2-nano"
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", "bert-base", "t5-small"])
+def test_a_bare_step_is_the_step_of_the_loop(name: str) -> None:
+    def made() -> stepping.Bench:
+        resolved = load_preset(name, ["train.device=cpu", "model.dropout=0.0"], tiny=True)
+        skeleton, plan, batch = stepping.prepare(resolved, CPU, rows=4, length=8, seed=0)
+        return stepping.start(name, resolved, CPU, plan, batch, skeleton, 0)
+
+    looped, bare = made(), made()
+    for bench in (looped, bare):
+        for module in bench.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    looped.step()
+    set_rate(bare.trainer.optimizer, bare.trainer.rate(0))
+    overhead.bare(bare)
+    for one, other in zip(looped.model.parameters(), bare.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+FOUND = {
+    "title": "Training",
+    "command": "xt bench train gpt2-nano",
+    "goals": {"transformers": 1.2},
+    "without": ["nanogpt"],
+}
+
+
+@pytest.fixture(scope="module")
+def performed() -> dict[str, object]:
+    pytest.importorskip("transformers")
+    config = training.Config.of(words("gpt2-nano"), tiny=True, steps=3, batch=2, length=8, against=("transformers",))
+    entry = FOUND | {"result": json.loads(json.dumps(training.run(config, quiet)))}
+    skipped = FOUND | {"title": "Writing", "skipped": "needs an NVIDIA GPU"}
+    return results.result("all", {}, {}, {"cases": {"cpu-train": entry, "train-gpt2": skipped}})
+
+
+def test_all_comparisons_stand_in_one_table(performed) -> None:
+    summary, *_ = report.tables(performed)
+    ((work, ours, beside, theirs, ratio, goal, _),) = summary.rows
+    row = performed["cases"]["cpu-train"]["result"]["rows"][1]
+    assert (work, beside, goal) == ("Training", "transformers", "1.20 x")
+    assert ratio == f"{row['ratio']:.2f} x"
+    assert theirs == f"{row['tok_s']:,.0f}"
+    assert float(ours.replace(",", "")) == pytest.approx(16e3 / row["xt_step"]["median_ms"], rel=0.01)
+
+
+def test_the_page_is_made_from_the_file(performed, tmp_path) -> None:
+    results.write(tmp_path / "p.json", performed)
+    done = xt("--show", str(tmp_path / "p.json"), "--markdown")
+    assert done.returncode == 0, done.stderr
+    page = done.stdout
+    assert page == performance.page(performed)
+    assert "| Training |" in page and "Not measured: needs an NVIDIA GPU." in page
+    assert "Without nanogpt: not given with --peers." in page
+    assert torch.__version__ in page
+    # The order is that of the cases, whatever was measured first.
+    assert page.index("## Writing") < page.index("## Training")
+    lines = page.splitlines()
+    for at, line in enumerate(lines):
+        if line.startswith("| :--"):
+            assert lines[at - 1].count(" | ") == line.count(" | ") == lines[at + 1].count(" | ")
+
+
+def test_cases_are_measured_once_and_again_where_they_are_named(monkeypatch, tmp_path) -> None:
+    words = "train gpt2-nano --device cpu --tiny --steps 2 --batch 1 --length 8"
+    cases = (
+        performance.Case("quick", "Quick", words, "cpu", 100, 0, {"nanogpt": 1.0}),
+        performance.Case("gpu", "GPU", words, "cuda", 100),
+        performance.Case("wrong", "Wrong", "train no-such-preset", "cpu", 100),
+        performance.Case("slow", "Slow", words, "cpu", 0),
+    )
+    monkeypatch.setattr(performance, "CASES", cases)
+    heard: list[str] = []
+    out = tmp_path / "p.json"
+    names = ["quick", "gpu", "wrong", "slow"] if not torch.cuda.is_available() else ["quick", "wrong", "slow"]
+    found = performance.run(names, [], out, heard.append)
+    assert found["cases"]["quick"]["result"]["kind"] == "train"
+    assert found["cases"]["quick"]["without"] == ["nanogpt"]
+    assert "there is no preset 'no-such-preset'" in found["cases"]["wrong"]["skipped"]
+    assert found["cases"]["slow"]["skipped"] == "took longer than 0 s"
+    if "gpu" in names:
+        assert found["cases"]["gpu"]["skipped"] == "needs an NVIDIA GPU"
+    assert results.read(out) == json.loads(json.dumps(found))
+    monkeypatch.setattr(performance, "_wanted", lambda names: [cases[0]])
+    heard.clear()
+    assert performance.run([], [], out, heard.append) == json.loads(json.dumps(found))
+    assert heard == ["quick: measured already; --case quick measures it again"]
+    with pytest.raises(UserError, match="a result of kind train"):
+        results.write(out, found["cases"]["quick"]["result"])
+        performance.run([], [], out, heard.append)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in performance.CASES if case.words.split()[0] != "attention"], ids=lambda case: case.name
+)
+def test_the_commands_of_the_cases_are_understood(case: performance.Case) -> None:
+    kind, name, *rest = case.words.split()
+    assert kind in ("train", "generate")
+    overrides = [word for word in rest if "=" in word]
+    assert load_preset(name, overrides).name
+    options = {param for known in command.command.registered_commands for param in _options(known, kind)}
+    assert {word for word in rest if word.startswith("--")} <= options
+    assert set(case.peers) <= set(peers.KNOWN)
+
+
+def _options(known, kind: str) -> list[str]:
+    import typer.main
+
+    built = typer.main.get_command_from_info(known, pretty_exceptions_short=False, rich_markup_mode=None)
+    return [name for param in built.params for name in param.opts] if built.name == kind else []

@@ -14,11 +14,12 @@ from xtcli.train.device import Place, choose
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What every benchmark of presets is asked: (preset, overrides) each, and what goes over all of them."""
+    """What every benchmark of presets is asked: (preset, overrides) each, what goes over all of them, and peers."""
 
     presets: tuple[tuple[str, tuple[str, ...]], ...]
     size: str | None = None
     tiny: bool = False
+    against: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, targets: Sequence[Target], **more: Any) -> Self:
@@ -29,7 +30,7 @@ class Asked:
     def read(cls, facts: Mapping[str, Any]) -> Self:
         """From a result file."""
         presets = tuple((ref, tuple(overrides)) for ref, overrides in facts["presets"])
-        return cls(**{**facts, "presets": presets})
+        return cls(**{**facts, "presets": presets, "against": tuple(facts["against"])})
 
     def resolve(self) -> list[Resolved]:
         """The presets, loaded; raises UserError."""

@@ -1,27 +1,31 @@
 """`xt bench generate PRESET...`: time to the first token and for each further one, on random weights and prompts.
 
-The steps are those of `xt generate`: its feed of prompts, its state, its greedy choice with one look of the host at
-the device for each token. No text ends before `new` tokens.
+The loop is that of `xt generate`, greedy, without text: every token reaches the host. No text ends before `new` tokens.
+The sides of a comparison take turns, text by text; the rest of a text after its first token, divided, is the time of a
+further token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xtcli.bench import results
 from xtcli.bench.asked import Asked, labels
-from xtcli.bench.reference import Unmatched, reference
-from xtcli.bench.timing import Times, clocked, measure, peak_bytes, release
+from xtcli.bench.peers import Peer, Unmatched, chosen
+from xtcli.bench.peers.exported import export
+from xtcli.bench.share import Share
+from xtcli.bench.timing import Clock, Times, clocked, release
 from xtcli.config.preset import Resolved
 from xtcli.errors import refuse
-from xtcli.generate.decode import choose
+from xtcli.generate.decode import Row, Rules, Timing, decode
 from xtcli.generate.engine import limit_of, task_of, undisturbed
 from xtcli.generate.sampling import Sampling
+from xtcli.generate.stops import Text
 from xtcli.generate.streams import feed_for
 from xtcli.model import Model, build, count, skeleton
 from xtcli.parts.seq2seq import EncoderDecoder
@@ -29,11 +33,13 @@ from xtcli.train.device import DTYPES, Place
 
 Talk = Callable[[str], None]
 GREEDY = Sampling(temperature=0)
+SHORT = 16
+"""Tokens of the text whose memory is measured: more take no more, but for their slots in the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Asked):
-    """What is asked for."""
+    """What is asked for. `against` are peers, as words of the command line."""
 
     device: str
     dtype: str
@@ -41,12 +47,12 @@ class Config(Asked):
     prompt: int = 128
     new: int = 128
     repeats: int = 5
-    against: str | None = None
     seed: int = 0
 
 
 def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     """Measure; the result as results.py keeps it."""
+    peers = chosen(config.against, "write")
     presets = config.resolve()
     for resolved in presets:
         _check(resolved, config)
@@ -54,9 +60,11 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
     names = labels(config.presets)
     for name, resolved in zip(names, presets, strict=True):
         talk(f"{name}: {config.batch} x {config.prompt} + {config.new} tokens, {config.dtype}, {place.name}")
-        model = build(resolved, seed=config.seed, device=place.device, dtype=DTYPES[config.dtype])
+        own = Share(place.device)
+        with own.grows():
+            model = build(resolved, seed=config.seed, device=place.device, dtype=DTYPES[config.dtype])
         with undisturbed(model):
-            rows += _measure(name, model, resolved, config, place, talk)
+            rows += Measured(name, model, own, config, place, talk).rows(peers)
         del model
         release(place.device)
     return results.result(
@@ -92,101 +100,139 @@ def start_of(model: Model) -> int | None:
     return model.config.start if model.config.start is not None else model.config.pad or 0
 
 
+class Mute:
+    """Turns tokens into no text."""
+
+    def push(self, token: int) -> str:
+        """Nothing."""
+        return ""
+
+    def finish(self) -> str:
+        """Nothing."""
+        return ""
+
+
 class Ours:
     """`xt generate` without text: `write` makes `new` tokens of each row."""
 
     def __init__(self, model: Model, prompts: list[list[int]]) -> None:
         self.model, self.prompts, self.start = model, prompts, start_of(model)
+        self.rules = Rules(GREEDY, frozenset(), model.vocab)
 
     def write(self, new: int) -> list[list[int]]:
         """The new tokens of each row."""
-        rows = self.prompts if self.start is None else [[self.start]] * len(self.prompts)
-        feed = feed_for(self.model)(self.model, rows, new, None if self.start is None else self.prompts)
-        logits = feed.start()
-        columns = []
-        for step in range(new):
-            chosen, host = choose(logits, GREEDY, None, None)
-            columns.append(host)
-            if step + 1 < new:
-                logits = feed.step(chosen)
-        return [list(row) for row in zip(*columns, strict=True)]
+        begun = self.prompts if self.start is None else [[self.start]] * len(self.prompts)
+        feed = feed_for(self.model)(self.model, begun, new, None if self.start is None else self.prompts)
+        rows = [Row(number, Text(Mute()), new, False) for number in range(len(begun))]
+        for _ in decode(feed, rows, 1, self.rules, Timing()):
+            pass
+        return [row.tokens for row in rows]
 
 
-class Theirs:
-    """transformers' `generate`, greedy; `cache` is static or dynamic."""
+@dataclass
+class Measured:
+    """One preset beside its peers."""
 
-    def __init__(self, model: Any, prompts: list[list[int]], start: int | None, cache: str | None) -> None:
-        self.model, self.both = model.eval(), start is not None
-        self.ids = torch.tensor(prompts, device=model.device)
-        self.extra: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
-        self.extra |= {} if start is None else {"decoder_start_token_id": start}
+    preset: str
+    model: Model
+    own: Share
+    config: Config
+    place: Place
+    talk: Talk
 
-    def write(self, new: int) -> list[list[int]]:
-        """The new tokens of each row."""
-        made: Tensor = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            do_sample=False,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            eos_token_id=None,
-            pad_token_id=0,
-            **self.extra,
+    def rows(self, peers: list[Peer]) -> list[dict[str, Any]]:
+        """The rows of the preset: ours, then each way in which a peer writes, or why there is none."""
+        config, model = self.config, self.model
+        generator = torch.Generator().manual_seed(config.seed)
+        prompts = torch.randint(model.vocab, (config.batch, config.prompt), generator=generator).tolist()
+        sides: dict[str, Any] = {"xt": Ours(model, prompts)}
+        shares = {"xt": self.own}
+        missing: dict[str, str] = {}
+        for peer in peers:
+            share = Share(self.place.device)
+            try:
+                with share.grows():
+                    found = self._peer(peer, prompts)
+            except Unmatched as reason:
+                missing[peer.name] = str(reason)
+                self.talk(f"{self.preset}: {peer.name} has no such model: {reason}")
+                continue
+            for way, side in found.items():
+                sides[f"{peer.name}, {way}" if way else peer.name] = side
+                shares[f"{peer.name}, {way}" if way else peer.name] = share
+        rows = self._measured(sides, shares)
+        for row in rows[1:]:
+            pairs = [
+                a == b
+                for one, other in zip(rows[0]["tokens"], row["tokens"], strict=True)
+                for a, b in zip(one, other, strict=True)
+            ]
+            row["same_tokens"] = sum(pairs) / len(pairs)
+            row["ratio"] = row["per_token"]["median_ms"] / rows[0]["per_token"]["median_ms"]
+            if "processor" in row:
+                row["processor_ratio"] = row["processor"]["median_ms"] / rows[0]["processor"]["median_ms"]
+        if missing:
+            rows[0]["no_peer"] = missing
+        return rows
+
+    def _peer(self, peer: Peer, prompts: list[list[int]]) -> dict[str, Any]:
+        config, device = self.config, self.place.device
+        given = export(self.model)
+        start = start_of(self.model)
+        found: dict[str, Any] = peer.adapter.write(
+            given, prompts, start, config.new, device, DTYPES[config.dtype], peer.path
         )
-        before = 1 if self.both else self.ids.shape[1]
-        return made[:, before:].tolist()
+        return found
 
+    def _measured(self, sides: dict[str, Any], shares: dict[str, Share]) -> list[dict[str, Any]]:
+        """Every side warmed up, then whole texts and first tokens of each in turn."""
+        config, device = self.config, self.place.device
+        tokens: dict[str, Any] = {}
+        opening: dict[str, float] = {}
+        for name, side in sides.items():
 
-def _measure(
-    preset: str, model: Model, resolved: Resolved, config: Config, place: Place, talk: Talk
-) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(config.seed)
-    prompts = torch.randint(model.vocab, (config.batch, config.prompt), generator=generator).tolist()
-    sides: dict[str, Any] = {"xt": Ours(model, prompts)}
-    missing = None
-    if config.against is not None:
-        try:
-            other, _ = reference(model, resolved, place.device, DTYPES[config.dtype])
-            start = start_of(model)
-            sides[f"{config.against}, dynamic cache"] = Theirs(other, prompts, start, None)
-            if place.device.type == "cuda":
-                sides[f"{config.against}, static cache"] = Theirs(other, prompts, start, "static")
-        except Unmatched as reason:
-            missing = str(reason)
-    rows = [_side(preset, name, side, model, config, place, talk) for name, side in sides.items()]
-    for row in rows[1:]:
-        pairs = [
-            a == b
-            for one, other in zip(rows[0]["tokens"], row["tokens"], strict=True)
-            for a, b in zip(one, other, strict=True)
-        ]
-        row["same_tokens"] = sum(pairs) / len(pairs)
-        row["ratio_of_xt"] = row["per_token"]["median_ms"] / rows[0]["per_token"]["median_ms"]
-    if missing is not None:
-        rows[0]["no_reference"] = missing
-        talk(f"{preset}: {config.against} has no such model: {missing}")
-    return rows
+            def text(name: str = name, side: Any = side) -> None:
+                tokens[name] = side.write(config.new)
 
+            opening[name] = clocked(text, device)
+            self.talk(f"{self.preset}, {name}: first text {opening[name]:.3g} s")
+            side.write(config.new)
+        firsts = {name: Clock(device) for name in sides}
+        wholes = {name: Clock(device) for name in sides}
+        for _ in range(config.repeats):
+            for name, side in sides.items():
+                with firsts[name].block(1):
+                    side.write(1)
+                with wholes[name].block(1):
+                    side.write(config.new)
+        rows = []
+        for name, side in sides.items():
+            row = self._row(name, firsts[name], wholes[name], tokens[name], opening[name])
+            short = partial(side.write, min(config.new, SHORT))
+            rows.append(row | {"peak_bytes": shares[name].peak(short, side.model.parameters())})
+        return rows
 
-def _side(preset: str, name: str, side: Any, model: Model, config: Config, place: Place, talk: Talk) -> dict[str, Any]:
-    """Whole texts and first tokens are timed; the rest of a text, divided, is the time of a further token."""
-    device = place.device
-    tokens = side.write(config.new)
-    first = measure(lambda: side.write(1), device, repeats=max(config.repeats, 5), budget=20.0)
-    whole = [clocked(lambda: side.write(config.new), device) for _ in range(config.repeats)]
-    steps = max(config.new - 1, 1)
-    each = [max(seconds - first.median, 0.0) / steps for seconds in whole]
-    per = Times(tuple(each), each[0], 1)
-    talk(f"{preset}, {name}: first {first.median * 1e3:.3g} ms, then {per.median * 1e3:.3g} ms a token")
-    return {
-        "name": f"{preset} {name}",
-        "preset": preset,
-        "side": name,
-        "parameters": count(model),
-        "first_token": first.facts(),
-        "per_token": per.facts(),
-        "tok_s": config.batch / per.median if per.median else None,
-        "whole_s": whole,
-        "peak_bytes": peak_bytes(lambda: side.write(min(config.new, 16)), device, model.parameters()),
-        "tokens": tokens,
-    }
+    def _row(self, name: str, first: Clock, whole: Clock, tokens: list[list[int]], opening: float) -> dict[str, Any]:
+        steps = max(self.config.new - 1, 1)
+        begun = first.times()
+
+        def each(seconds: list[float], start: float) -> Times:
+            return Times(tuple(max(second - start, 0.0) / steps for second in seconds), seconds[0] / steps, 2)
+
+        per = each(whole.raw, begun.median)
+        self.talk(f"{self.preset}, {name}: first {begun.median * 1e3:.3g} ms, then {per.median * 1e3:.3g} ms a token")
+        row = {
+            "name": f"{self.preset} {name}",
+            "preset": self.preset,
+            "side": name,
+            "parameters": count(self.model),
+            "first_token": begun.facts(),
+            "per_token": per.facts(),
+            "tok_s": self.config.batch / per.median if per.median else None,
+            "whole_s": whole.raw,
+            "first_text_s": opening,
+            "tokens": tokens,
+        }
+        if self.place.device.type == "cpu":
+            row["processor"] = each(whole.processor, first.processor_times().median).facts()
+        return row

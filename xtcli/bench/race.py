@@ -110,7 +110,7 @@ def _same_steps(jobs: Sequence[Job]) -> None:
 
 def _trainer(job: Job, record: Callable[[dict[str, Any]], None]) -> Trainer:
     torch.manual_seed(job.config.seed)
-    model = ready(with_weights(job, None), job.config, job.place.device).train()
+    model = ready(with_weights(job, None), job.config, job.place).train()
     return Trainer(job, model, cast(Any, None), Silent(), record)
 
 

@@ -15,7 +15,7 @@ from xtcli.errors import Problem, UserError, refuse
 from xtcli.runs.environment import describe
 from xtcli.runs.folder import disk_full, is_full, write_atomically
 
-VERSION = 1
+VERSION = 2
 SAME = ("device", "dtype", "tokens_per_step")
 """What two results must share to be compared."""
 

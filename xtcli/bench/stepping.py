@@ -1,7 +1,8 @@
 """Training steps on random tokens: the loop of `xt train` itself, with nothing around it.
 
-A `Bench` has the model, its plan and a batch that stays; each call of `step` is one optimizer step, loss included. The
-tokens are random, so the loss starts near log(vocabulary) and falls as the batch is learnt: a fast wrong step shows.
+A `Bench` has the model, its plan and a batch that stays; each call of `step` is one optimizer step. The tokens are
+random, so the loss starts near log(vocabulary) and falls as the batch is learnt: a fast wrong step shows. The loop
+waits for the device where it writes a line of its log and nowhere else, as in training.
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ class Bench:
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
-        """One optimizer step; its loss is noted."""
+        """One optimizer step; its loss is noted where the loop logs it."""
         if self.trainer.step(self.batch):
             raise refuse(f"the loss of {self.name} is not finite", "lower train.lr")
+
+    def look(self) -> None:
+        """Nothing: the loop has noted the loss itself."""
 
     def check(self) -> float:
         """The loss of the first micro-batch without dropout: what tells whether two sides are one network."""
@@ -139,14 +143,23 @@ def prepare(
     return model, plan, batch
 
 
-def start(name: str, resolved: Resolved, place: Place, plan: Plan, batch: Batch, model: Graph, seed: int) -> Bench:
-    """Weights in memory, compiled where training would compile, and a trainer that logs every step's loss."""
-    resolved = complete(resolved, steps=ENDLESS, batch=len(batch), log_every=1, init=None, lora=None, seed=seed)
+def start(
+    name: str,
+    resolved: Resolved,
+    place: Place,
+    plan: Plan,
+    batch: Batch,
+    model: Graph,
+    seed: int,
+    log_every: int = 1,
+) -> Bench:
+    """Weights in memory, compiled where training would compile, and a trainer that logs the first and some losses."""
+    resolved = complete(resolved, steps=ENDLESS, batch=len(batch), log_every=log_every, init=None, lora=None, seed=seed)
     job = Job(resolved, place, None, None, None, None, model, plan, 0)
     torch.manual_seed(seed)
     weights = with_weights(job, None)
     losses: list[float] = []
-    ready(weights, resolved.preset.train, place.device).train()
+    ready(weights, resolved.preset.train, place).train()
     nothing: Any = cast(Any, None)
     trainer = Trainer(job, weights, nothing, Silent(), lambda line: losses.append(line["loss"]))
     moved = batch.to(place.device)

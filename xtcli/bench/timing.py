@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,37 @@ def clocked(function: Callable[[], Any], device: torch.device) -> float:
     function()
     synchronise(device)
     return time.perf_counter() - began
+
+
+class Clock:
+    """Seconds of a step, from blocks of several between two waits for the device: by the clock, and of the processor.
+
+    The processor's seconds are those of all threads of this process together; they tell more than the clock where
+    other programs share the machine.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.raw: list[float] = []
+        self.processor: list[float] = []
+
+    @contextmanager
+    def block(self, steps: int) -> Iterator[None]:
+        """Inside, so many steps are taken."""
+        synchronise(self.device)
+        began, used = time.perf_counter(), time.process_time()
+        yield
+        synchronise(self.device)
+        self.raw.append((time.perf_counter() - began) / steps)
+        self.processor.append((time.process_time() - used) / steps)
+
+    def times(self) -> Times:
+        """By the clock; the first call is not known here."""
+        return Times(tuple(self.raw), self.raw[0], 0)
+
+    def processor_times(self) -> Times:
+        """Of the processor."""
+        return Times(tuple(self.processor), self.processor[0], 0)
 
 
 def measure(

@@ -1,37 +1,51 @@
-"""`xt bench train PRESET...`: tokens per second, share of the peak rate, memory, loss, of steps on random tokens."""
+"""`xt bench train PRESET...`: tokens per second, share of the peak rate, memory, loss, of steps on random tokens.
+
+Steps are timed in blocks between two waits for the device, since the loop itself waits only where it logs: a wait at
+each step would hold back whoever has queued the next one. The sides of a comparison take turns, block by block, and
+the median block counts. On the CPU a block is one step.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from xtcli.bench import results
 from xtcli.bench.asked import Asked, labels, one_place
-from xtcli.bench.reference import Trained, Unmatched, agree
+from xtcli.bench.peers import Peer, Unmatched, chosen
+from xtcli.bench.peers.exported import Exported, export
+from xtcli.bench.share import Share
 from xtcli.bench.stepping import Bench, prepare, start
-from xtcli.bench.timing import Times, clocked, matmul_rate, peak_bytes, release
+from xtcli.bench.timing import Clock, Times, clocked, matmul_rate, release
 from xtcli.train.transforms import compiles
 
 Talk = Callable[[str], None]
 WARM = 3
-"""Steps before timing starts, the first apart."""
+"""Steps before timing starts, the first apart; on a GPU they fill a block."""
+
+BLOCK = {"cuda": 5}
+"""Steps of a block by type of device; one elsewhere."""
+
+FEWEST = 3
+"""Blocks that are timed at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Asked):
-    """What is asked for."""
+    """What is asked for. `against` are peers, in words of the command line; `loop`: the loop's own share too."""
 
     steps: int = 20
     batch: int | None = None
     length: int | None = None
-    against: str | None = None
+    loop: bool = False
     seed: int = 0
 
 
 def run(config: Config, talk: Talk) -> dict[str, Any]:
     """Measure; the result as results.py keeps it."""
+    peers = chosen(config.against, "train")
     presets = config.resolve()
     place = one_place(presets)
     ready = [prepare(p, place, rows=config.batch, length=config.length, seed=config.seed) for p in presets]
@@ -39,12 +53,15 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
     release(place.device)
     rows: list[dict[str, Any]] = []
     names = labels(config.presets)
+    block = BLOCK.get(place.device.type, 1)
     for name, resolved, (skeleton, plan, batch) in zip(names, presets, ready, strict=True):
         talk(f"{name}: {plan.parameters:,} parameters, {len(batch)} x {batch.lengths[0]:,} tokens a step")
         began = time.perf_counter()
-        bench = start(name, resolved, place, plan, batch, skeleton, config.seed)
-        rows += measure(bench, config, product["flop_per_s"], time.perf_counter() - began, talk)
-        del bench
+        own = Share(place.device)
+        with own.grows():
+            bench = start(name, resolved, place, plan, batch, skeleton, config.seed, block)
+        rows += Measured(bench, own, config, peers, product["flop_per_s"], talk).rows(time.perf_counter() - began)
+        del bench, own
         release(place.device)
     tokens = sorted({batch.tokens for _, _, batch in ready})
     return results.result(
@@ -54,95 +71,170 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
         {
             "resolved": {name: resolved.to_tree() for name, resolved in zip(names, presets, strict=True)},
             "matmul": product,
+            "block": block,
             "rows": rows,
         },
     )
 
 
-def measure(bench: Bench, config: Config, product: float, build: float, talk: Talk) -> list[dict[str, Any]]:
-    """The rows of one preset: ours, and the reference's where it is asked for and there is one."""
-    device, compiled = bench.place.device, compiles(bench.resolved.preset.train, bench.place.device)
-    sides: dict[str, Any] = {"xt": bench}
-    missing = None
-    if config.against is not None:
-        # Made before the first step, while the weights are those that both start from.
+@dataclass
+class Measured:
+    """One preset beside its peers."""
+
+    bench: Bench
+    own: Share
+    config: Config
+    peers: list[Peer]
+    product: float
+    talk: Talk
+
+    @property
+    def block(self) -> int:
+        """Steps between two waits."""
+        return int(self.bench.trainer.config.log_every)
+
+    def rows(self, build: float) -> list[dict[str, Any]]:
+        """The rows of the preset: ours, then each peer's, or why it has none."""
+        bench = self.bench
+        missing: dict[str, str] = {}
+        given = self._exported(missing)
+        check = bench.check() if given is not None else None
+        first = self._warm("xt", bench, self.own)
+        found: list[dict[str, Any]] = []
+        ours: dict[str, Any] | None = None
+        for peer in self.peers if given is not None else ():
+            assert given is not None and check is not None
+            try:
+                row, times = self._beside(peer, given, check)
+            except Unmatched as reason:
+                missing[peer.name] = str(reason)
+                continue
+            found.append(row)
+            ours = ours or self._row("xt", bench, times, first)
+        if ours is None:
+            ours = self._row("xt", bench, self._time({"xt": bench})["xt"], first)
+        ours |= {"build_s": build, "peak_bytes": self.own.peak(bench.step, bench.held)}
+        if missing:
+            ours["no_peer"] = missing
+        for name, why in missing.items():
+            self.talk(f"{bench.name}: {name} has no such model: {why}")
+        if self.config.loop:
+            from xtcli.bench.overhead import overhead
+
+            ours["loop"] = overhead(bench, self.talk)
+        return [ours, *found]
+
+    def _exported(self, missing: dict[str, str]) -> Exported | None:
+        """The weights before the first step, as peers take them; else `missing` says why none can."""
+        if not self.peers:
+            return None
         try:
-            sides[config.against] = Trained(bench, compiled)
+            return export(self.bench.model)
         except Unmatched as reason:
-            missing = str(reason)
-    checks = [side.check() for side in sides.values()] if len(sides) > 1 else []
-    first: dict[str, float] = {}
-    raw: dict[str, list[float]] = {name: [] for name in sides}
-    for name, side in sides.items():
-        first[name] = clocked(side.step, device)
-        talk(f"{bench.name}, {name}: first step {first[name]:.3g} s, loss {side.losses[-1]:.4f}")
-        for _ in range(WARM - 1):
-            clocked(side.step, device)
-    for _ in range(config.steps):
-        for name, side in sides.items():
-            raw[name].append(clocked(side.step, device))
-    rows = [_row(bench, name, sides[name], Times(tuple(raw[name]), first[name], WARM), product) for name in sides]
-    rows[0]["build_s"] = build
-    rows[0]["peak_bytes"] = peak_bytes(bench.step, device, bench.held) if len(sides) == 1 else _apart(sides, "xt")
-    if len(sides) > 1:
-        other = rows[1]
-        other["peak_bytes"] = _apart(sides, other["side"])
-        rows[0]["ratio"] = other["step"]["median_ms"] / rows[0]["step"]["median_ms"]
-        rows[0]["losses_without_dropout"] = checks
-        rows[0]["same_loss"] = agree(checks[0], checks[1], bench.place.precision)
-        other["architecture"] = sides[other["side"]].architecture
-    elif missing is not None:
-        rows[0]["no_reference"] = missing
-        talk(f"{bench.name}: {config.against} has no such model: {missing}")
-    return rows
+            missing |= dict.fromkeys((peer.name for peer in self.peers), str(reason))
+            return None
+
+    def _beside(self, peer: Peer, given: Exported, check: float) -> tuple[dict[str, Any], Timed]:
+        """The row of one peer, and the times of ours in turn with it; raises Unmatched."""
+        bench, device = self.bench, self.bench.place.device
+        compiled = compiles(bench.resolved.preset.train, device)
+        share = Share(device)
+        try:
+            with share.grows():
+                side = peer.adapter.train(bench, given, compiled, peer.path)
+            theirs = side.check()
+            first = self._warm(peer.name, side, share)
+            times = self._time({"xt": bench, peer.name: side})
+            row = self._row(peer.name, side, times[peer.name], first)
+            row["peak_bytes"] = share.peak(side.step, side.held)
+        finally:
+            side = None
+            release(device)
+        row["xt_step"] = times["xt"].wall.facts()
+        row["ratio"] = row["step"]["median_ms"] / row["xt_step"]["median_ms"]
+        if "processor" in row:
+            row["xt_processor"] = times["xt"].processor.facts()
+            row["processor_ratio"] = row["processor"]["median_ms"] / row["xt_processor"]["median_ms"]
+        row["losses_without_dropout"] = [check, theirs]
+        row["same_loss"] = agree(check, theirs, bench.place.precision)
+        return row, times["xt"]
+
+    def _warm(self, name: str, side: Any, share: Share) -> float:
+        """Seconds of the first step; warm-up steps follow it."""
+        device = self.bench.place.device
+        with share.grows():
+            first = clocked(side.step, device)
+            side.look()
+            self.talk(f"{self.bench.name}, {name}: first step {first:.3g} s, loss {side.losses[-1]:.4f}")
+            for number in range(2, _warm_steps(self.block) + 1):
+                side.step()
+                if number % self.block == 0:
+                    side.look()
+        return first
+
+    def _time(self, sides: dict[str, Any]) -> dict[str, Timed]:
+        """Blocks of each side in turn."""
+        clocks = {name: Clock(self.bench.place.device) for name in sides}
+        for _ in range(max(self.config.steps // self.block, FEWEST)):
+            for name, side in sides.items():
+                with clocks[name].block(self.block):
+                    for _ in range(self.block):
+                        side.step()
+                side.look()
+        return {name: Timed(clock.times(), clock.processor_times()) for name, clock in clocks.items()}
+
+    def _row(self, name: str, side: Any, times: Timed, first: float) -> dict[str, Any]:
+        bench = self.bench
+        plan, batch, place = bench.plan, bench.batch, bench.place
+        wall = Times(times.wall.raw, first, _warm_steps(self.block), times.wall.note)
+        rate = plan.flops / wall.median
+        supervised = sum(batch.supervised().values())
+        mfu = None if place.peak is None else rate / place.peak
+        row: dict[str, Any] = {
+            "name": f"{bench.name} {name}",
+            "preset": bench.name,
+            "side": name,
+            "parameters": plan.parameters,
+            "rows": len(batch),
+            "length": batch.lengths[0],
+            "micro_batch": plan.micro_batch,
+            "step": wall.facts(),
+            "tok_s": batch.tokens / wall.median,
+            "targets_s": supervised / wall.median,
+            "padded_tok_s": batch.padded / wall.median,
+            "flop_per_step": plan.flops,
+            "flop_per_s": rate,
+            "share_of_matmul": rate / self.product,
+            "mfu": mfu if mfu is None or mfu <= 1 else None,
+            "first_loss": side.losses[0],
+            "final_loss": side.losses[-1],
+            "losses": list(side.losses),
+        }
+        if place.device.type == "cpu":
+            row["processor"] = times.processor.facts()
+        if isinstance(side, Bench):
+            compiled = compiles(bench.trainer.config, place.device)
+            row["note"] = f"{place.precision}, {'compiled by block' if compiled else 'not compiled'}"
+        else:
+            row |= {"note": side.note, "architecture": side.architecture}
+        if mfu is not None and mfu > 1:
+            row["mfu_refused"] = f"{mfu * 100:.0f} % of the peak is impossible: the peak or the FLOPs are wrong"
+        return row
 
 
-def _apart(sides: Mapping[str, Any], name: str) -> int | None:
-    """Peak bytes of one side's step, what the other side holds at rest taken off; known on CUDA only."""
-    import torch
+@dataclass(frozen=True)
+class Timed:
+    """Times of a step: by the clock, and of the processor, all threads together."""
 
-    side = sides[name]
-    device = side.place.device
-    if device.type != "cuda":
-        return None
-    whole = peak_bytes(side.step, device, [])
-    resting = torch.cuda.memory_allocated(device)
-    own = sum(tensor.nbytes for tensor in _held(side))
-    return None if whole is None else whole - resting + own
+    wall: Times
+    processor: Times
 
 
-def _held(side: Any) -> list[Any]:
-    if isinstance(side, Bench):
-        return side.held
-    state = side.optimizer.state.values()
-    return [*side.model.parameters(), *(value for entry in state for value in entry.values())]
+def _warm_steps(block: int) -> int:
+    """Steps before timing, whole blocks of them, so that the loop logs at the end of each block that is timed."""
+    return -(-WARM // block) * block
 
 
-def _row(bench: Bench, name: str, side: Any, times: Times, product: float) -> dict[str, Any]:
-    plan, batch, place = bench.plan, bench.batch, bench.place
-    rate = plan.flops / times.median
-    supervised = sum(batch.supervised().values())
-    mfu = None if place.peak is None else rate / place.peak
-    row: dict[str, Any] = {
-        "name": f"{bench.name} {name}",
-        "preset": bench.name,
-        "side": name,
-        "parameters": plan.parameters,
-        "rows": len(batch),
-        "length": batch.lengths[0],
-        "micro_batch": plan.micro_batch,
-        "step": times.facts(),
-        "tok_s": batch.tokens / times.median,
-        "targets_s": supervised / times.median,
-        "padded_tok_s": batch.padded / times.median,
-        "flop_per_step": plan.flops,
-        "flop_per_s": rate,
-        "share_of_matmul": rate / product,
-        "mfu": mfu if mfu is None or mfu <= 1 else None,
-        "first_loss": side.losses[0],
-        "final_loss": side.losses[-1],
-        "losses": list(side.losses),
-    }
-    if mfu is not None and mfu > 1:
-        row["mfu_refused"] = f"{mfu * 100:.0f} % of the peak is impossible: the peak or the FLOPs are wrong"
-    return row
+def agree(ours: float, theirs: float, precision: str) -> bool:
+    """Whether two first losses are those of the same network."""
+    return abs(ours - theirs) <= (1e-3 if precision == "fp32" else 3e-2) * max(abs(theirs), 1.0)

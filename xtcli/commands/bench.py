@@ -36,8 +36,13 @@ Words = Annotated[
     ),
 ]
 Against = Annotated[
-    str | None,
-    typer.Option(help="transformers: the same weights there, in the same process.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        metavar="PEER",
+        help="The same weights there, in the same process: transformers, litgpt, nanogpt=PATH or gpt-fast=PATH "
+        "(a copy of the project); may be repeated.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 
@@ -48,18 +53,22 @@ def bench(
     rerun: Annotated[
         Path | None, typer.Option(help="Measure anew what a result file holds, and print both.", show_default=False)
     ] = None,
+    show: Annotated[Path | None, typer.Option(help="Print the tables of a result file.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --show: as a page of Markdown.")] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Measure attention kernels, training and generation; race architectures at equal budget."""
     if context.invoked_subcommand is not None:
-        if rerun is not None:
-            raise refuse("--rerun repeats a whole result file", "write xt bench --rerun FILE alone")
+        if rerun is not None or show is not None:
+            raise refuse("--rerun and --show take a whole result file", "write xt bench --rerun FILE alone")
         return
-    if rerun is None:
+    if show is not None:
+        _show(show, markdown)
+    elif rerun is not None:
+        _rerun(rerun, out, as_json)
+    else:
         print(context.get_help())
-        return
-    _rerun(rerun, out, as_json)
 
 
 @command.command()
@@ -88,7 +97,7 @@ def attention(
     plot: Plot = None,
 ) -> None:
     """Every attention kind on every kernel: ms, TFLOP/s, share of the matrix-product rate, memory, growth."""
-    from xtcli.bench import attention, kernels, report
+    from xtcli.bench import attention, kernels, plots
     from xtcli.errors import did_you_mean
 
     _check_files(out, plot)
@@ -109,9 +118,9 @@ def attention(
         limit=limit,
     )
     found = attention.run(config, place, _talk)
-    _keep(found, out, as_json, lambda: report.attention_table(found))
+    _keep(found, out, as_json)
     if plot is not None:
-        report.attention_plot(found, plot)
+        plots.attention_plot(found, plot)
         _talk(f"drawn: {plot}")
     next_command(f"xt bench --rerun {out}" if out else f"xt bench attention --seq {seq} --out attention.json")
 
@@ -125,6 +134,9 @@ def train(
     ] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence.", show_default=False)] = None,
     against: Against = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Measure too what the loop adds to bare steps: data, log, view.")
+    ] = False,
     budget: Annotated[
         str | None,
         typer.Option(help="Race on real text: training time of each preset, as 30s, 5m, 1h.", show_default=False),
@@ -141,8 +153,7 @@ def train(
     plot: Plot = None,
 ) -> None:
     """Training steps on random tokens: tok/s, MFU, memory, loss. With --budget or --tokens: a race on real text."""
-    from xtcli.bench import race, report, training
-    from xtcli.bench.reference import check_installed
+    from xtcli.bench import plots, race, report, training
 
     _check_files(out, plot)
     found = _targets(words, dtype, device)
@@ -150,19 +161,21 @@ def train(
     if budget is not None or tokens is not None:
         if budget is not None and tokens is not None:
             raise refuse("--budget and --tokens are two budgets", "give one of them")
-        if against is not None:
-            raise refuse("a race is among presets", "leave out --against")
+        if against or loop:
+            raise refuse("a race is among presets", "leave out --against and --loop")
         amounts = {"seconds": _seconds(budget), "tokens": _count(tokens)}
         result = race.run(race.Config.of(found, **amounts, **common), _talk)
-        _keep(result, out, as_json, lambda: report.race_table(result))
+        _keep(result, out, as_json)
+        if not as_json:
+            report.race_curves(result)
         if plot is not None:
-            report.race_plot(result, plot)
+            plots.race_plot(result, plot)
     else:
-        check_installed(against)
-        result = training.run(training.Config.of(found, steps=steps, against=against, **common), _talk)
-        _keep(result, out, as_json, lambda: report.training_table(result))
+        asked = training.Config.of(found, steps=steps, against=tuple(against or ()), loop=loop, **common)
+        result = training.run(asked, _talk)
+        _keep(result, out, as_json)
         if plot is not None:
-            report.loss_plot(result, plot)
+            plots.loss_plot(result, plot)
     if plot is not None:
         _talk(f"drawn: {plot}")
     next_command(f"xt bench --rerun {out}" if out else f"xt train {found[0].ref}")
@@ -184,11 +197,9 @@ def generate(
     out: Out = None,
 ) -> None:
     """Random weights write: time to the first token, time of each further one, tok/s, memory."""
-    from xtcli.bench import generation, report
-    from xtcli.bench.reference import check_installed
+    from xtcli.bench import generation
 
     _check_files(out, None)
-    check_installed(against)
     place = _place(device, dtype)
     config = generation.Config.of(
         _targets(words, "auto", "auto"),
@@ -200,11 +211,51 @@ def generate(
         prompt=prompt,
         new=new,
         repeats=repeats,
-        against=against,
+        against=tuple(against or ()),
     )
     result = generation.run(config, place, _talk)
-    _keep(result, out, as_json, lambda: report.generation_table(result))
+    _keep(result, out, as_json)
     next_command(f"xt bench --rerun {out}" if out else f"xt bench train {config.presets[0][0]}")
+
+
+@command.command("all")
+def everything(
+    out: Annotated[Path, typer.Option(help="The result file, FILE.json; what it holds already is kept.")],
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PEER",
+            help="transformers, litgpt, nanogpt=PATH, gpt-fast=PATH; may be repeated. Each case uses those it names.",
+            show_default=False,
+        ),
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only this case, measured again; may be repeated.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The cases of docs/performance.md that this machine can run, one after the other, into one file."""
+    from xtcli.bench import performance, results
+
+    results.check_file(out, ".json", "--out")
+    found = performance.run(case or (), peers or (), out, _talk)
+    _keep(found, None, as_json)
+    next_command(f"xt bench --show {out} --markdown")
+
+
+def _show(path: Path, markdown: bool) -> None:
+    """Print a result file that was written before."""
+    from xtcli.bench import performance, report, results
+
+    found = results.read(path)
+    if markdown and found["kind"] == "all":
+        print(performance.page(found), end="")
+        return
+    for table in report.tables(found):
+        if markdown:
+            print(table.markdown() + "\n")
+        else:
+            table.show()
 
 
 def _targets(words: list[str], dtype: str, device: str) -> Any:
@@ -246,7 +297,7 @@ def _amount(text: str | None, units: dict[str, int], option: str, like: str) -> 
 
 
 def _rerun(path: Path, out: Path | None, as_json: bool) -> None:
-    from xtcli.bench import again, report, results
+    from xtcli.bench import again, results, tables
 
     results.check_file(out, ".json", "--out")
     before = results.read(path)
@@ -257,7 +308,7 @@ def _rerun(path: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"before": before, "now": now}, indent=1))
     else:
-        report.show(("measured", "then", "now", "change"), rows)
+        tables.Table("", ("measured", "then", "now", "change"), rows).show()
     next_command("xt bench --help")
 
 
@@ -292,9 +343,9 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
     results.check_file(plot, ".png", "--plot")
 
 
-def _keep(found: dict[str, Any], out: Path | None, as_json: bool, show: Any) -> None:
-    """Write the result file, then print the table or the JSON."""
-    from xtcli.bench import results
+def _keep(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Write the result file, then print the tables or the JSON."""
+    from xtcli.bench import report, results
 
     if out is not None:
         results.write(out, found)
@@ -302,7 +353,8 @@ def _keep(found: dict[str, Any], out: Path | None, as_json: bool, show: Any) -> 
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        show()
+        for table in report.tables(found):
+            table.show()
 
 
 def _talk(text: str) -> None:

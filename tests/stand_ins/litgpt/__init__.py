@@ -1,0 +1,1 @@
+"""A package with the interface of litgpt, for tests."""
