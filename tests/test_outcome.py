@@ -33,8 +33,8 @@ def trainer_of(ahead: bool, poison: int | None, *overrides: str) -> tuple[Traine
     trainer.view.message = heard.append  # type: ignore[method-assign]
     usual = trainer.backward
 
-    def backward(given: Any) -> dict[str, Tensor]:
-        losses = usual(given)
+    def backward(*given: Any) -> dict[str, Tensor]:
+        losses = usual(*given)
         if trainer.progress.step + 1 == poison:
             next(trainer.model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
         return losses

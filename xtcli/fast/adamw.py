@@ -163,18 +163,27 @@ class Table:
         self.start_of = torch.tensor([start for _, start in chunks], dtype=torch.int64, device=device)
         self.decays = torch.tensor([entry.decay for entry in entries], dtype=torch.float32, device=device)
         self.weights, self.means, self.squares, self.steps = (
-            addresses([getattr(entry, name) for entry in entries], device)
+            addresses([getattr(entry, name) for entry in entries]).to(device)
             for name in ("weight", "mean", "square", "step")
         )
         written = [entry.weight if entry.copy is None else entry.copy for entry in entries]
-        self.written = addresses(written, device)
+        self.written = addresses(written).to(device)
         self.corrections = torch.empty(2 * len(entries), dtype=torch.float32, device=device)
         self.logs = torch.tensor([math.log(beta) for beta in betas], dtype=torch.float64, device=device)
-        self.gradients: Tensor | None = None
+        self.gradients = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        self.found: Tensor | None = None
 
     def read(self) -> None:
         """Look up where this step's gradients are."""
-        self.gradients = addresses([entry.source.grad for entry in self.entries], self.sizes.device)  # type: ignore[misc]
+        self.found = addresses([entry.source.grad for entry in self.entries])  # type: ignore[misc]
+        if not (self.gradients.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.write()
+
+    def write(self) -> None:
+        """Write down what was found: while a graph is recorded, addresses are known but nothing can be copied."""
+        assert self.found is not None
+        found = self.found.pin_memory() if self.gradients.is_cuda else self.found
+        self.gradients.copy_(found, non_blocking=True)
 
     def squared(self, sums: Tensor) -> None:
         """The sums of squares of the chunks' gradients, into sums (chunks,)."""
@@ -194,10 +203,9 @@ class Table:
         )  # fmt: skip
 
 
-def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Where tensors begin in memory, int64 on `device`; raises ValueError for one that lies in pieces."""
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Where tensors begin in memory, int64; raises ValueError for one that lies in pieces."""
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise ValueError(f"a tensor {tuple(tensor.shape)} with strides {tensor.stride()} lies in pieces")
-    found = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)

@@ -2,10 +2,9 @@
 
 PyTorch loads the library and offers two of its epilogues; here are those that training needs:
 
-    BIAS            D + bias                                             bias (m,)
-    GELU_AUX_BIAS   gelu_tanh(D + bias), and D + bias beside it
+    BIAS            D + bias                                       bias (m,)
+    GELU_AUX_BIAS   gelu_tanh(D + bias), and D + bias beside it    aux (m, n)
     DGELU           D * gelu_tanh'(aux)
-    BGRADB          D, and the sum of B over the inner axis beside it    sum (n,)
 
 Matrices are column-major as the library has it: D (m, n) = op(A) op(B), inner width k. A row-major tensor (r, c) is a
 column-major matrix (c, r). Reference: https://docs.nvidia.com/cuda/cublas/, "Using the cuBLASLt API".
@@ -23,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN, BIAS, GELU_AUX_BIAS, DGELU, BGRADB = 1, 4, 164, 192, 512
+PLAIN, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
 _AUXILIARY = (GELU_AUX_BIAS, DGELU)
-_VECTOR = (BIAS, GELU_AUX_BIAS, BGRADB)
 
 TYPES = {torch.bfloat16: 14, torch.float16: 2}
 """cudaDataType of what is multiplied."""
@@ -36,9 +34,9 @@ _WORKSPACE_LIMIT = 1
 WORKSPACE = 2**25
 """Bytes of scratch that a product may take: what NVIDIA advises for Hopper."""
 
-CANDIDATES = 8
+CANDIDATES = 6
 """Kernels that are tried for a product, the first being what the library would take."""
-TRIALS = 5
+TRIALS = 3
 NAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
 
 
@@ -107,7 +105,7 @@ class Product:
     def __call__(
         self, a: Tensor, b: Tensor, d: Tensor, vector: Tensor | None = None, aux: Tensor | None = None
     ) -> None:
-        """Multiply into d; `vector` is the bias or receives the sum, `aux` is read or written as the epilogue says."""
+        """Multiply into d; `vector` is the bias, `aux` is written or read as the epilogue says."""
         with self.lock:
             if vector is not None:
                 self._set(_VECTOR_AT, c_void_p(vector.data_ptr()))

@@ -1,8 +1,10 @@
-"""Linear layers with biases, and feed-forwards with a GELU, whose biases and activations ride on the matrix products.
+"""Linear layers, and feed-forwards with a GELU, whose biases and activations ride on the matrix products.
 
-    y  = x W^T (+ b)             dx = dy W       dW, db = dy^T x and sum dy       in one kernel each
-    h  = gelu(p),  p = x W^T + b                                                  in one kernel, which gives both
-    dp = (dy V) * gelu'(p)       for y = h V^T + c                                in one kernel
+    y  = x W^T (+ b)             dx = dy W       dW = dy^T x          in one kernel each
+    h  = gelu(p),  p = x W^T + b                                      in one kernel, which gives both
+    dp = (dy V) * gelu'(p)       for y = h V^T + c                    in one kernel
+
+A bias' gradient, the sum of dy over its rows, is left to the compiler, which joins it to what makes dy.
 
 The operators of `xt::` have a plain form in PyTorch, which is the specification and runs on a CPU, and one by cuBLASLt
 (cublaslt.py). Compiled code calls them as they are. Gelu is the tanh form. Axes: N rows, K and F widths.
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtcli.fast import cublaslt
-from xtcli.fast.cublaslt import BGRADB, BIAS, DGELU, GELU_AUX_BIAS, PLAIN
+from xtcli.fast.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, PLAIN
 
 ALIGN = 8
 """Widths that the kernels load well are multiples of this."""
@@ -41,26 +43,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("xt::slopes", mutates_args=(), device_types="cpu")
-def slopes(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """dy (N, F), x (N, K) -> the gradients of a weight (F, K) and its bias (F,)."""
-    return dy.t() @ x, dy.sum(0)
-
-
-@slopes.register_kernel("cuda")
-def _slopes(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    (rows, outer), inner = dy.shape, x.shape[1]
-    dw, db = x.new_empty(outer, inner), x.new_empty(outer)
-    kernel = cublaslt.product(inner, outer, rows, False, True, BGRADB, x.dtype, x.get_device())
-    kernel(x, dy, dw, db)
-    return dw, db
-
-
-@slopes.register_fake
-def _(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(dy.shape[1], x.shape[1]), x.new_empty(dy.shape[1])
 
 
 @torch.library.custom_op("xt::product_gelu", mutates_args=(), device_types="cpu")
@@ -186,7 +168,7 @@ class _Biased(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
         dx = torch.ops.xt.back(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, *(torch.ops.xt.slopes(dy, x) if ctx.needs_input_grad[1] else (None, None))
+        return dx, torch.ops.xt.slope(dy, x) if ctx.needs_input_grad[1] else None, dy.sum(0)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -201,7 +183,7 @@ class _FeedForward(torch.autograd.Function):
         x, up, down, h, p = ctx.saved_tensors
         dy = dy.contiguous()
         dp = torch.ops.xt.slope_gelu(dy, down, p)
-        return torch.ops.xt.back(dp, up), *torch.ops.xt.slopes(dp, x), *torch.ops.xt.slopes(dy, h)
+        return torch.ops.xt.back(dp, up), torch.ops.xt.slope(dp, x), dp.sum(0), torch.ops.xt.slope(dy, h), dy.sum(0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

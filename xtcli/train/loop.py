@@ -12,7 +12,7 @@ stopped anywhere goes on as if it had not been, bit for bit on a CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from xtcli.model import Model
 from xtcli.parts.chance import settled
 from xtcli.runs.run import Run
 from xtcli.runs.state import Progress, Stateful, collect, stateful
+from xtcli.train.captured import Captured, Work
 from xtcli.train.carry import Carried
 from xtcli.train.job import Job
 from xtcli.train.lines import Done, other_unit
@@ -31,7 +32,8 @@ from xtcli.train.optim import build_optimizer, set_rate
 from xtcli.train.outcome import Outcome, search
 from xtcli.train.schedules import schedule
 from xtcli.train.signals import Stopper
-from xtcli.train.update import update_for
+from xtcli.train.transforms import compiles
+from xtcli.train.update import FastUpdate, update_for
 from xtcli.train.view import View
 from xtcli.train.working import Working
 
@@ -60,6 +62,9 @@ class Trainer:
         # On a GPU the host looks at a step while the device is at the next one; what a step leaves must wait for it.
         self.ahead = self.place.device.type == "cuda" and self.scaler is None and not self.carried.on
         self.pending: Outcome | None = None
+        self.passes: Work = self.work
+        if self.ahead and isinstance(self.change, FastUpdate) and compiles(self.config, self.place.device):
+            self.passes = Captured(self.work, self.change, self.place.device, self.view.message)
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
@@ -113,15 +118,10 @@ class Trainer:
         started = time.perf_counter()
         progress = self.progress
         set_rate(self.optimizer, self.rate(progress.step))
-        with self.working.lent():
-            losses = self.backward(batch)
+        losses, norm = self.passes(*self.shared(batch))
         code = self.settle()
         if code:
             return code
-        self.change.gather()
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = self.change.norm()
         outcome = Outcome.of(progress.step + 1, batch, losses, None if self.scaler is not None else norm)
         self.pending = outcome
         if not self.ahead:
@@ -173,7 +173,7 @@ class Trainer:
                 progress.tokens -= outcome.batch.tokens
                 self.change.clear()
                 with self.working.lent():
-                    self.backward(outcome.batch)
+                    self.backward(*self.shared(outcome.batch))
             self.working.hand_on()
             self.report_non_finite(outcome)
             return EXIT_NON_FINITE
@@ -187,13 +187,26 @@ class Trainer:
         every = (config.validate_every, config.sample_every, config.save_every)
         return step >= config.steps or any(_due(step, each) for each in every)
 
-    def backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Gradients of the whole batch, summed over its micro-batches; returns the mean loss of each head."""
+    def shared(self, batch: Batch) -> tuple[list[Batch], dict[str, int]]:
+        """The micro-batches of a batch, and what the sums of its losses are divided by."""
         wanted = batch.supervised() | self.model.units(batch.inputs)
         counts = {head: max(count, 1) for head, count in wanted.items()}
+        return batch.split(self.job.plan.micro_batch), counts
+
+    def work(self, parts: Sequence[Batch], counts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Gradients of a batch in micro-batches; returns the mean loss of each head, and the norm of the gradients."""
+        with self.working.lent():
+            losses = self.backward(parts, counts)
+        self.change.gather()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return losses, self.change.norm()
+
+    def backward(self, parts: Sequence[Batch], counts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Gradients summed over micro-batches; the sum of each term of the loss is divided by its count."""
         sums: dict[str, torch.Tensor] = {}
         self.carried.begin(self.progress.cursor)
-        for rows in batch.split(self.job.plan.micro_batch):
+        for rows in parts:
             rows = rows.to(self.place.device, non_blocking=True)
             with self.place.amp():
                 hidden = self.model.hidden(**self.carried.join(rows.inputs, len(rows)))

@@ -80,6 +80,16 @@ class FastUpdate(Update):
         for table in self.tables:
             table.update(group, self.limit, self.total, flag)
 
+    def held(self) -> tuple[list[Table], Tensor]:
+        """What was found out about the gradients of a pass that has been recorded; `take` makes it that of the step."""
+        for table in self.tables:
+            table.write()
+        return self.tables, self.total
+
+    def take(self, held: tuple[list[Table], Tensor]) -> None:
+        """Make the gradients that a recorded pass leaves those of this step."""
+        self.tables, self.total = held
+
     def look_up(self) -> None:
         """The tables of the parameters that have gradients in this step."""
         from xtcli.fast.adamw import Entry, Table

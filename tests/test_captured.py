@@ -1,0 +1,85 @@
+"""Recorded passes: what a replay reads and leaves, with a stand-in for the graph that runs the pass again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xtcli.data.batch import Batch
+from xtcli.train.captured import USUAL, Captured, Recorded
+
+CPU = torch.device("cpu")
+
+
+class Replayed(Captured):
+    """Replays by running the pass over the recorded tensors, into the recorded losses."""
+
+    def __init__(self, refusal: str | None = None) -> None:
+        self.calls: list[str] = []
+        self.said: list[str] = []
+        self.refusal = refusal
+        change: Any = SimpleNamespace(clear=lambda: None, take=self.calls.append, held=lambda: "held")
+        super().__init__(self.pass_once, change, CPU, self.said.append)
+
+    def pass_once(self, parts: Any, counts: Any) -> tuple[dict[str, Tensor], Tensor]:
+        self.calls.append("pass")
+        total = sum((part.inputs["input_ids"] * part.targets["lm"]).sum() for part in parts)
+        return {"lm": total / counts["lm"]}, torch.as_tensor(float(total))
+
+    def obstacle(self, parts: Any, counts: Any) -> str | None:
+        return self.refusal
+
+    def recorded(self, parts: list[Batch], counts: dict[str, Tensor]) -> Recorded:
+        losses, norm = self.pass_once(parts, counts)
+
+        def replay() -> None:
+            again, length = self.pass_once(parts, counts)
+            losses["lm"].copy_(again["lm"])
+            norm.copy_(length)
+
+        return Recorded(SimpleNamespace(replay=replay), parts, counts, losses, norm, "held")
+
+
+def batch(rows: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids, aims = (torch.randint(1, 9, (rows, 4), generator=generator) for _ in range(2))
+    return Batch({"input_ids": ids}, {"lm": aims}, 4 * rows, 0, list(range(rows)), (4,) * rows)
+
+
+def exact(parts: list[Batch], count: int) -> float:
+    return sum(float((part.inputs["input_ids"] * part.targets["lm"]).sum()) for part in parts) / count
+
+
+def test_replays_read_each_batch_and_leave_values_of_their_own() -> None:
+    passes = Replayed()
+    found = []
+    for step in range(USUAL + 4):
+        parts = [batch(2, step), batch(1, 100 + step)]
+        losses, norm = passes(parts, {"lm": step + 1})
+        found.append((losses["lm"], exact(parts, step + 1), norm, exact(parts, 1)))
+    for loss, wanted, norm, whole in found:
+        assert float(loss) == pytest.approx(wanted) and float(norm) == pytest.approx(whole)
+    assert passes.calls.count("held") == 4 and not passes.said
+
+
+def test_other_shapes_are_counted_apart() -> None:
+    passes = Replayed()
+    for step in range(USUAL):
+        passes([batch(2, step)], {"lm": 1})
+        passes([batch(3, step)], {"lm": 1})
+    assert not passes.graphs
+    passes([batch(3, 9)], {"lm": 1})
+    assert len(passes.graphs) == 1
+
+
+def test_what_cannot_be_recorded_is_said_once_and_runs_on() -> None:
+    passes = Replayed("a pass waits for the GPU")
+    for step in range(USUAL + 3):
+        parts = [batch(2, step)]
+        assert float(passes(parts, {"lm": 2})[0]["lm"]) == pytest.approx(exact(parts, 2))
+    (sentence,) = passes.said
+    assert sentence.endswith("a pass waits for the GPU") and not passes.graphs
