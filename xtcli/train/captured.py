@@ -1,4 +1,4 @@
-"""Passes of the training loop as CUDA graphs: all kernels from the batch to the norm of the gradients, launched at once.
+"""Passes of the training loop as CUDA graphs: all kernels from a batch to the norm of its gradients, launched at once.
 
 The host launches some hundred kernels a step, and a GPU that is through with one before the next is launched waits. A
 graph is recorded for each shape of batch once it has come often enough, and replayed with the batch copied into the
