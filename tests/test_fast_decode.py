@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ pytest.importorskip("triton")
 from xtcli.fast import attend as attending
 from xtcli.fast import ends, twins
 from xtcli.fast import product as products
-from xtcli.fast.plan import KNOWN, Heads, Matrix, Norm, Turn
+from xtcli.fast.engine import Planned
+from xtcli.fast.plan import KNOWN, Heads, Matrix, Norm, Turn, plan
+from xtcli.generate.engine import undisturbed
+from xtcli.generate.feed import Feed
+from xtcli.model import build
 from xtcli.parts.int8 import Int8Linear
 from xtcli.parts.linear import Linear
 
@@ -43,10 +48,17 @@ def norm(kind: str | None, width: int) -> Norm | None:
 
 
 def both(x: Tensor, normed: Norm | None, parts: tuple[Matrix, ...], outs: int, **options: Any) -> tuple[Tensor, Tensor]:
-    made = [torch.full((x.shape[0], outs), float("nan")) for _ in range(2)]
-    products.product(x, normed, parts, made[0], **options)
-    with torch.no_grad():
-        twins.product(x, normed, parts, made[1], **options)
+    """One row by `product`; several by `products` and, for what that leaves to it, `settle`."""
+    made = []
+    for module in (products, twins):
+        out = torch.full((x.shape[0], outs), float("nan"))
+        if x.shape[0] == 1:
+            module.product(x, normed, parts, out, **options)
+        else:
+            read = torch.full_like(x, float("nan"))
+            module.settle(x, None, None, 1.0, x, normed, read)
+            module.products(read, parts, out, **options)
+        made.append(out)
     return made[0], made[1]
 
 
@@ -71,16 +83,32 @@ def test_pairs_and_activations(rows: int, act: str, eight: bool) -> None:
     x = 3 * normal(rows, 48)
     torch.testing.assert_close(*both(x, norm("rms", 48), parts, 37, paired=True, act=act), **CLOSE)
     torch.testing.assert_close(*both(x, None, parts[:1], 37, act=act), **CLOSE)
+    torch.testing.assert_close(*both(x, None, (matrix(21, 48, False, eight),), 21, cap=2.0), **CLOSE)
 
 
 @pytest.mark.parametrize("eight", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 70])
-def test_into_the_stream(rows: int, eight: bool) -> None:
-    stream, x = normal(rows, 21, seed=9), normal(rows, 64)
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_one_row_into_the_stream(weight: float, eight: bool) -> None:
+    stream, x = normal(1, 21, seed=9), normal(1, 64)
+    made = both(x, None, (matrix(21, 64, True, eight),), 21, stream=stream, weight=weight)
+    torch.testing.assert_close(*made, **CLOSE)
+
+
+@pytest.mark.parametrize("eight", [False, True])
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
+@pytest.mark.parametrize(("rows", "splits"), [(2, 4), (5, 3), (70, 2)])
+def test_several_rows_into_the_stream(rows: int, splits: int, kind: str | None, eight: bool) -> None:
+    x, part = normal(rows, 290), matrix(21, 290, True, eight)
     for weight in (1.0, 0.5):
-        made = both(x, None, (matrix(21, 64, True, eight),), 21, stream=stream, weight=weight)
-        torch.testing.assert_close(*made, **CLOSE)
-    torch.testing.assert_close(*both(3 * x, None, (matrix(21, 64, False, eight),), 21, cap=2.0), **CLOSE)
+        made = []
+        for module in (products, twins):
+            stream, sums = normal(rows, 21, seed=9), torch.full((splits, rows, 21), float("nan"))
+            read, out = (torch.full((rows, 21), float("nan")) for _ in range(2))
+            module.products(x, (part,), sums)  # type: ignore[attr-defined]
+            module.settle(stream, sums, part.bias, weight, out, norm(kind, 21), read)  # type: ignore[attr-defined]
+            made.append((out, read))
+        for one, other in zip(*made, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_wide_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +171,33 @@ def test_attention_cuts_a_long_past_by_itself(monkeypatch: pytest.MonkeyPatch) -
         module.attend(qkv, what, keys.clone(), values.clone(), torch.tensor([650]), torch.tensor([0]), out)  # type: ignore[attr-defined]
         made.append(out)
     torch.testing.assert_close(*made, **CLOSE)
+
+
+KERNELS: Any = SimpleNamespace(
+    product=products.product,
+    products=products.products,
+    settle=products.settle,
+    attend=attending.attend,
+    embed=ends.embed,
+    likeliest=ends.likeliest,
+)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 9, 2]], [[5, 9, 2], [7]]], ids=["one", "several"])
+@pytest.mark.parametrize("name", ["gpt2-small", "tinyllama-1.1b", "falcon-7b"])
+def test_a_whole_step(name: str, prompts: list[list[int]]) -> None:
+    model = build(name, tiny=True, seed=3)
+    with undisturbed(model):
+        feed = Feed(model, prompts, 4)
+        chosen = feed.start().argmax(-1)
+        step = Planned(plan(model, 16), len(prompts), 16, KERNELS)
+        step.begin(feed.state, chosen, feed.width, feed.pads)
+        for _ in range(2):
+            logits, wanted = step.logits(), feed.step(chosen)
+            torch.testing.assert_close(logits, wanted, **CLOSE)
+            step.likeliest(logits, model.vocab)
+            chosen = wanted.argmax(-1)
+            assert torch.equal(step.tokens, chosen)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

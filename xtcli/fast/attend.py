@@ -98,18 +98,19 @@ def _one(  # type: ignore[no-untyped-def]
         weight += 1.0
         mixed = tl.sum(newer.to(tl.float32), 0)
     for start in range(begin, end, BLOCK):
-        if start > begin:
-            at = cache + (start + n).to(tl.int64)[:, None] * D + d
-            seen = (start + n < end)[:, None] & (d < D)
-            k = tl.load(keys + at, mask=seen, other=0.0)
-            v = tl.load(values + at, mask=seen, other=0.0)
+        # The next keys are on their way while these are multiplied.
+        after = start + BLOCK + n
+        at = cache + after.to(tl.int64)[:, None] * D + d
+        seen = (after < end)[:, None] & (d < D)
+        later_k = tl.load(keys + at, mask=seen, other=0.0)
+        later_v = tl.load(values + at, mask=seen, other=0.0)
         scores = tl.where(start + n < end, tl.sum(k.to(tl.float32) * q, 1) * scale, float("-inf"))
         higher = tl.maximum(best, tl.max(scores))
         p = tl.exp2((scores - higher) * LOG2E)
         old = tl.exp2((best - higher) * LOG2E)
         weight = weight * old + tl.sum(p)
         mixed = mixed * old + tl.sum(p[:, None] * v.to(tl.float32), 0)
-        best = higher
+        best, k, v = higher, later_k, later_v
     lane = tl.arange(0, P)
     if SPLITS == 1:
         tl.store(y + (b * H + h) * D + lane, (mixed / weight).to(ROUND), mask=lane < D)
@@ -142,6 +143,10 @@ def _group(  # type: ignore[no-untyped-def]
     r = tl.arange(0, R)[:, None]
     shared: tl.constexpr = H // G
     cache = (b * G + g).to(tl.int64) * capacity * D
+    at = cache + (begin + n).to(tl.int64)[:, None] * D + d
+    seen = (begin + n < end)[:, None] & (d < D)
+    k = tl.load(keys + at, mask=seen, other=0.0)
+    v = tl.load(values + at, mask=seen, other=0.0)
     late(PDL)
     place = tl.maximum(slot - pad, 0)
     row = qkv + b.to(tl.int64) * ((H + 2 * G) * D)
@@ -165,10 +170,12 @@ def _group(  # type: ignore[no-untyped-def]
         mixed += newer.to(tl.float32)
     asked = q.to(ROUND)
     for start in range(begin, end, BLOCK):
-        at = cache + (start + n).to(tl.int64)[:, None] * D + d
-        seen = (start + n < end)[:, None] & (d < D)
-        k = tl.load(keys + at, mask=seen, other=0.0)
-        v = tl.load(values + at, mask=seen, other=0.0)
+        # The next keys are on their way while these are multiplied.
+        after = start + BLOCK + n
+        at = cache + after.to(tl.int64)[:, None] * D + d
+        seen = (after < end)[:, None] & (d < D)
+        later_k = tl.load(keys + at, mask=seen, other=0.0)
+        later_v = tl.load(values + at, mask=seen, other=0.0)
         scores = tl.dot(asked, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where((start + n < end)[None, :], scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
@@ -176,7 +183,7 @@ def _group(  # type: ignore[no-untyped-def]
         old = tl.exp2((best - higher) * LOG2E)
         weight = weight * old + tl.sum(p, 1)
         mixed = tl.dot(p.to(ROUND), v, mixed * old[:, None], input_precision="ieee")
-        best = higher
+        best, k, v = higher, later_k, later_v
     lane = tl.arange(0, R)
     own = b * H + g * shared + lane
     if SPLITS == 1:
@@ -227,6 +234,8 @@ def attend(
     pdl: bool = False,
     single: bool | None = None,
     splits: int | None = None,
+    block: int | None = None,
+    warps: int | None = None,
 ) -> None:
     """qkv (B, (H + 2 G) D) over caches (B, G, C, D), into out (B, H D); as in `twins.attend`."""
     rows, capacity = qkv.shape[0], keys.shape[2]
@@ -238,8 +247,8 @@ def attend(
     if splits is None:
         splits = 1 if capacity <= LONG else max(1, min(triton.cdiv(capacity, 256), PROGRAMS // programs, 64))
     lanes = max(triton.next_power_of_2(width), 16)
-    fits = max(16, 32768 // lanes if alone else 8192 // lanes)
-    block = min(max(triton.next_power_of_2(triton.cdiv(capacity, splits)), 16), fits)
+    fits = max(16, 16384 // lanes if alone else 8192 // lanes)
+    block = block or min(max(triton.next_power_of_2(triton.cdiv(capacity, splits)), 16), fits)
     target, most, total = out, out, out
     if splits > 1:
         target = torch.empty(rows * h * splits, lanes, device=out.device)
@@ -259,10 +268,10 @@ def attend(
     )  # fmt: skip
     launch = {"launch_pdl": True} if pdl else {}
     if alone:
-        _one[(programs, splits)](*given, *sizes, num_warps=8 if block * lanes >= 8192 else 4, **launch)
+        _one[(programs, splits)](*given, *sizes, num_warps=warps or (8 if block * lanes >= 8192 else 4), **launch)
     else:
         shared = max(16, triton.next_power_of_2(h // g))
-        _group[(programs, splits)](*given, *sizes, shared, num_warps=4, **launch)
+        _group[(programs, splits)](*given, *sizes, shared, num_warps=warps or 4, **launch)
     if splits > 1:
         wide = triton.next_power_of_2(splits)
         _merge[(rows * h,)](target, most, total, out, width, lanes, splits, wide, dtype, pdl, num_warps=4, **launch)

@@ -16,14 +16,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xtcli.fast.plan import Layer, Plan
+from xtcli.fast.plan import Layer, Norm, Plan
 from xtcli.parts.context import KeyValues, ModelState, Newest
+
+SPLITS = 4
+"""Shares of the inputs that products into the stream are made of, for several rows."""
+
+
+REACH = (0, 0, 0, 0)
+"""Bytes of the weights that are wanted next, called into the cache by the products of q, k and v, of the attention's
+output, of the feed-forward's first matrices and of its last; for one row."""
 
 
 class Kernels(Protocol):
-    """The four operations of a step."""
+    """The operations of a step."""
 
     product: Callable[..., None]
+    products: Callable[..., None]
+    settle: Callable[..., None]
     attend: Callable[..., None]
     embed: Callable[..., None]
     likeliest: Callable[..., None]
@@ -61,7 +71,7 @@ class Planned(Step):
     def __init__(self, plan: Plan, rows: int, capacity: int, kernels: Kernels) -> None:
         table = plan.table
         super().__init__(rows, capacity, table.device)
-        self.plan, self.kernels = plan, kernels
+        self.plan, self.kernels, self.reach = plan, kernels, REACH
 
         def blank(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
             return torch.zeros(shape, device=table.device, dtype=dtype)
@@ -72,11 +82,14 @@ class Planned(Step):
         # One buffer for each width; what a launch reads, the next ones do not write before it has ended.
         self.stream, self.middle = blank(rows, plan.width), blank(rows, plan.width)
         widths = {sum(part.weight.shape[0] for part in layer.qkv) for layer in plan.layers}
-        widths |= {layer.heads.heads * layer.heads.width for layer in plan.layers}
         self.asked = {width: blank(rows, width) for width in widths}
+        widths = {layer.heads.heads * layer.heads.width for layer in plan.layers}
         self.mixed = {width: blank(rows, width) for width in widths}
         self.inner = {width: blank(rows, width) for width in {layer.up[0].weight.shape[0] for layer in plan.layers}}
         self.scores = blank(rows, plan.head.weight.shape[0], dtype=torch.float32)
+        if rows > 1:
+            self.read, self.other = blank(rows, plan.width), blank(rows, plan.width)
+            self.sums = blank(SPLITS, rows, plan.width, dtype=torch.float32)
 
     def begin(self, state: ModelState, tokens: Tensor, width: int, pads: Tensor | None) -> None:
         super().begin(state, tokens, width, pads)
@@ -90,22 +103,62 @@ class Planned(Step):
     def logits(self) -> Tensor:
         plan, do = self.plan, self.kernels
         do.embed(self.tokens, self.slots, self.pads, plan.table, plan.scale, plan.places, self.stream)
-        for number, layer in enumerate(plan.layers):
-            self._layer(number, layer)
-        do.product(self.stream, plan.norm, (plan.head,), self.scores, cap=plan.cap)
+        if self.rows == 1:
+            for number, layer in enumerate(plan.layers):
+                self._one(number, layer)
+            do.product(self.stream, plan.norm, (plan.head,), self.scores, cap=plan.cap)
+            return self.scores
+        do.settle(self.stream, None, None, 1.0, self.stream, plan.layers[0].norm, self.read)
+        norms = [layer.norm for layer in plan.layers[1:]] + [plan.norm]
+        for number, (layer, norm) in enumerate(zip(plan.layers, norms, strict=True)):
+            self._several(number, layer, norm)
+        do.products(self.read, (plan.head,), self.scores, cap=plan.cap)
         return self.scores
 
-    def _layer(self, number: int, layer: Layer) -> None:
+    def _one(self, number: int, layer: Layer) -> None:
+        """A layer for one row, whose norms are part of the products."""
         do, heads = self.kernels, layer.heads
-        asked = self.asked[(heads.heads + 2 * heads.groups) * heads.width]
-        mixed = self.mixed[heads.heads * heads.width]
-        do.product(self.stream, layer.norm, layer.qkv, asked)
+        asked, mixed, inner = self._buffers(layer)
+        up = tuple(part.weight for part in layer.up)
+        after = self.plan.layers[number + 1].qkv[0] if number + 1 < len(self.plan.layers) else self.plan.head
+        reach = self.reach
+        do.product(self.stream, layer.norm, layer.qkv, asked, ahead=(layer.out.weight,), reach=reach[0])
         do.attend(asked, heads, self.keys[number], self.values[number], self.slots, self.pads, mixed)
-        do.product(mixed, None, (layer.out,), self.middle, stream=self.stream, weight=layer.weight)
-        read = self.stream if layer.parallel else self.middle
-        inner = self.inner[layer.up[0].weight.shape[0]]
-        do.product(read, layer.ffn_norm, layer.up, inner, paired=len(layer.up) == 2, act=layer.act)
-        do.product(inner, None, (layer.down,), self.stream, stream=self.middle, weight=layer.ffn_weight)
+        do.product(
+            mixed, None, (layer.out,), self.middle, stream=self.stream, weight=layer.weight, ahead=up, reach=reach[1]
+        )
+        read, paired = self.stream if layer.parallel else self.middle, len(layer.up) == 2
+        do.product(
+            read, layer.ffn_norm, layer.up, inner, paired=paired, act=layer.act,
+            ahead=(layer.down.weight,), reach=reach[2],
+        )  # fmt: skip
+        do.product(
+            inner, None, (layer.down,), self.stream, stream=self.middle, weight=layer.ffn_weight,
+            ahead=(after.weight,), reach=reach[3],
+        )  # fmt: skip
+
+    def _several(self, number: int, layer: Layer, norm: Norm | None) -> None:
+        """A layer for several rows, which finds its input normed and leaves that of the next so."""
+        do, heads = self.kernels, layer.heads
+        asked, mixed, inner = self._buffers(layer)
+        out, down, read = layer.out, layer.down, self.other
+        do.products(self.read, layer.qkv, asked)
+        do.attend(asked, heads, self.keys[number], self.values[number], self.slots, self.pads, mixed)
+        do.products(mixed, (out,), self.sums)
+        if layer.parallel:
+            # The feed-forward reads the stream as it was.
+            do.settle(self.stream, None, None, 1.0, self.stream, layer.ffn_norm, read)
+            do.settle(self.stream, self.sums, out.bias, layer.weight, self.middle, None, None)
+        else:
+            do.settle(self.stream, self.sums, out.bias, layer.weight, self.middle, layer.ffn_norm, read)
+        do.products(read, layer.up, inner, paired=len(layer.up) == 2, act=layer.act)
+        do.products(inner, (down,), self.sums)
+        do.settle(self.middle, self.sums, down.bias, layer.ffn_weight, self.stream, norm, self.read)
+
+    def _buffers(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        heads = layer.heads
+        asked = self.asked[(heads.heads + 2 * heads.groups) * heads.width]
+        return asked, self.mixed[heads.heads * heads.width], self.inner[layer.up[0].weight.shape[0]]
 
     def likeliest(self, logits: Tensor, vocab: int) -> None:
         self.kernels.likeliest(logits, vocab, self.tokens, self.slots, self.said)
@@ -126,7 +179,8 @@ class OnGpu:
 
             return run
 
-        self.product, self.attend = told(product.product), told(attend.attend)
+        self.product, self.products = told(product.product), told(product.products)
+        self.settle, self.attend = told(product.settle), told(attend.attend)
         self.embed, self.likeliest = told(ends.embed), told(ends.likeliest)
 
 

@@ -127,7 +127,8 @@ def plan(model: Graph, capacity: int) -> Plan:
         raise Unplanned("memory tokens, recurrence and further inputs are not among the kernels' parts")
     if "lm" not in heads:
         raise Unplanned("the head is no plain language model")
-    ctx = Ctx(*(2 * [torch.arange(capacity, device=model.device)[None]]))
+    slots = torch.arange(capacity, device=model.device)[None]
+    ctx = Ctx(positions=slots, keys=slots)
     turns = [_turn(turn, ctx, model.dtype) for turn in stack.shared.turns]
     layers = tuple(_layer(block, stack, turns) for block in stack.blocks)
     head, cap = _head(heads["lm"], model)

@@ -4,12 +4,17 @@
     y = act(G norm(x) + g) * (U norm(x) + u)   two that are `paired`
     y = stream + weight * (W x + b)            into the residual stream
 
-`twins.product` is the specification. A row alone is multiplied lane by lane, each program holding whole rows of the
-weights; more rows go through the tensor cores. Weights are asked for before a launch waits for the one that makes x,
-where the device can start a launch early (`PDL`: programmatic dependent launch, from compute capability 9.0 on).
+`twins` is the specification. One row is multiplied lane by lane, each program holding whole rows of the weights. Several
+rows go through the tensor cores: there a norm is a launch of its own (`settle`), and so is the sum where the inputs of a
+matrix are split among programs, into which the residual and the next norm go.
+
+Weights are asked for before a launch waits for the one that makes x, where the device can start a launch early (`PDL`:
+programmatic dependent launch, from compute capability 9.0 on); those of later launches are called into the cache.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -35,6 +40,26 @@ def late(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the launch before, whose results are read from here on."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def called(ahead, size, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Call `size` bytes of memory into the cache, each program its share; nothing waits for them."""
+    if PDL:
+        share = tl.cdiv(tl.cdiv(size, tl.num_programs(0)), 2048) * 2048
+        lane = tl.arange(0, 128)
+        for start in range(0, share, 128 * 2048):
+            place = tl.program_id(0) * share + start + lane * 2048
+            mine = (start + lane * 2048 < share) & (place < size)
+            length = tl.where(mine, tl.minimum(size - place, 2048), 0)
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+                "=r,l,r",
+                [ahead.to(tl.int64) + place, length],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -113,6 +138,7 @@ def _pick(block, p0, p1, p2, n0, n1, PARTS: tl.constexpr, BN: tl.constexpr):  # 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
     x, gain, shift, w0, w1, w2, b0, b1, b2, s0, s1, s2, stream, y, n0, n1, n2, width, eps, offset, weight, cap,
+    next0, next1, size,
     NORM: tl.constexpr, PARTS: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, WEIGHED: tl.constexpr,
     CAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
     ROUND: tl.constexpr, PDL: tl.constexpr,
@@ -129,6 +155,10 @@ def _row(  # type: ignore[no-untyped-def]
     tile = tl.load(w + at, mask=seen, other=0.0, eviction_policy="evict_first")
     if PAIRED:
         other = tl.load(w1 + at, mask=seen, other=0.0, eviction_policy="evict_first")
+    if next0 is not None:
+        called(next0, size, PDL)
+        if next1 is not None:
+            called(next1, size, PDL)
     late(PDL)
     inside = k < width
     whole = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
@@ -168,103 +198,111 @@ def _row(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    x, gain, shift, w0, w1, w2, b0, b1, b2, s0, s1, s2, stream, y, count, n0, n1, n2, outs, width, eps, offset, weight,
-    cap,
-    NORM: tl.constexpr, PARTS: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, WEIGHED: tl.constexpr,
-    CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROUND: tl.constexpr, PDL: tl.constexpr,
+    x, w0, w1, w2, b0, b1, b2, s0, s1, s2, y, count, n0, n1, n2, outs, width, cap,
+    PARTS: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, ROUND: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of x at most; a program makes BN outputs of each."""
+    """BM rows of x at most; a program makes BN outputs of each, from its share of the inputs."""
     early(PDL)
     block = tl.program_id(0)
     w, begin, rows, before = _matrix(block, w0, w1, w2, n0, n1, n2, PARTS, BN)
     n = begin + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     real, row = n < rows, m < count
+    share = tl.cdiv(tl.cdiv(width, BK), SPLITS) * BK
+    first = tl.program_id(2) * share
+    end = tl.minimum(first + share, width)
     late(PDL)
-    mean = tl.zeros((BM,), tl.float32)
-    scale = tl.zeros((BM,), tl.float32)
-    if NORM == 2:
-        for start in range(0, width, BK):
-            k = start + tl.arange(0, BK)
-            piece = tl.load(x + m[:, None] * width + k[None, :], mask=row[:, None] & (k < width)[None, :], other=0.0)
-            mean += tl.sum(piece.to(tl.float32), 1)
-        mean = mean / width
-        for start in range(0, width, BK):
-            k = start + tl.arange(0, BK)
-            inside = row[:, None] & (k < width)[None, :]
-            piece = tl.load(x + m[:, None] * width + k[None, :], mask=inside, other=0.0).to(tl.float32)
-            apart = tl.where(inside, piece - mean[:, None], 0.0)
-            scale += tl.sum(apart * apart, 1)
-        scale = tl.rsqrt(scale / width + eps)
-    total = tl.zeros((BM, BN), tl.float32)
-    second = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, width, BK, num_stages=STAGES):
+    # Outputs stand in rows here: tensor cores take 64 of them at once, and few rows of x.
+    total = tl.zeros((BN, BM), tl.float32)
+    second = tl.zeros((BN, BM), tl.float32)
+    for start in tl.range(first, end, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         inside = (k < width)[None, :]
         piece = tl.load(x + m[:, None] * width + k[None, :], mask=row[:, None] & inside, other=0.0)
         at = n.to(tl.int64)[:, None] * width + k[None, :]
         tile = tl.load(w + at, mask=real[:, None] & inside, other=0.0)
-        if NORM != 0:
-            wide = piece.to(tl.float32)
-            g = tl.load(gain + k, mask=k < width, other=0.0).to(tl.float32)[None, :]
-            if NORM == 1:
-                # The length is known when all has been read; the product waits for it as well as its operand would.
-                scale += tl.sum(wide * wide, 1)
-                wide = wide * (g + offset)
-            else:
-                wide = (wide - mean[:, None]) * scale[:, None] * g
-                if shift is not None:
-                    wide += tl.load(shift + k, mask=k < width, other=0.0).to(tl.float32)[None, :]
-            piece = wide.to(ROUND)
-        total = tl.dot(piece, tl.trans(tile.to(ROUND)), total, input_precision="ieee")
+        total = tl.dot(tile.to(ROUND), tl.trans(piece), total, input_precision="ieee")
         if PAIRED:
             tile = tl.load(w1 + at, mask=real[:, None] & inside, other=0.0)
-            second = tl.dot(piece, tl.trans(tile.to(ROUND)), second, input_precision="ieee")
-    if NORM == 1:
-        scale = tl.rsqrt(scale / width + eps)
-        total *= scale[:, None]
-        second *= scale[:, None]
+            second = tl.dot(tile.to(ROUND), tl.trans(piece), second, input_precision="ieee")
     if s0 is not None:
-        total *= tl.load(_pick(block, s0, s1, s2, n0, n1, PARTS, BN) + n, mask=real)[None, :]
+        total *= tl.load(_pick(block, s0, s1, s2, n0, n1, PARTS, BN) + n, mask=real)[:, None]
         if PAIRED:
-            second *= tl.load(s1 + n, mask=real)[None, :]
-    if b0 is not None:
-        total += tl.load(_pick(block, b0, b1, b2, n0, n1, PARTS, BN) + n, mask=real).to(tl.float32)[None, :]
+            second *= tl.load(s1 + n, mask=real)[:, None]
+    place = m.to(tl.int64)[None, :] * outs + before + n[:, None]
+    both = row[None, :] & real[:, None]
+    if SPLITS > 1:
+        tl.store(y + tl.program_id(2).to(tl.int64) * count * outs + place, total, mask=both)
+    else:
+        if b0 is not None:
+            total += tl.load(_pick(block, b0, b1, b2, n0, n1, PARTS, BN) + n, mask=real).to(tl.float32)[:, None]
+            if PAIRED:
+                second += tl.load(b1 + n, mask=real).to(tl.float32)[:, None]
+        out = bent(total.to(ROUND).to(tl.float32), ACT).to(ROUND)
         if PAIRED:
-            second += tl.load(b1 + n, mask=real).to(tl.float32)[None, :]
-    out = bent(total.to(ROUND).to(tl.float32), ACT).to(ROUND)
-    if PAIRED:
-        out = (out.to(tl.float32) * second.to(ROUND).to(tl.float32)).to(ROUND)
-    if CAPPED:
-        out = capped(out.to(tl.float32), cap).to(ROUND)
-    if WEIGHED:
-        out = (out.to(tl.float32) * weight).to(ROUND)
-    place = m.to(tl.int64)[:, None] * outs + before + n[None, :]
-    both = row[:, None] & real[None, :]
-    if stream is not None:
-        out = (out.to(tl.float32) + tl.load(stream + place, mask=both).to(tl.float32)).to(ROUND)
-    tl.store(y + place, out.to(y.dtype.element_ty), mask=both)
+            out = (out.to(tl.float32) * second.to(ROUND).to(tl.float32)).to(ROUND)
+        if CAPPED:
+            out = capped(out.to(tl.float32), cap).to(ROUND)
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def _settle(  # type: ignore[no-untyped-def]
+    stream, parts, bias, gain, shift, y, normed, width, rows, eps, offset, weight,
+    SPLITS: tl.constexpr, WEIGHED: tl.constexpr, NORM: tl.constexpr, BK: tl.constexpr, ROUND: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A program has a row of the stream."""
+    early(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    inside = k < width
+    late(PDL)
+    x = tl.load(stream + row * width + k, mask=inside, other=0.0).to(tl.float32)
+    if SPLITS > 0:
+        total = tl.zeros((BK,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(parts + (split * rows + row) * width + k, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            total += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(ROUND).to(tl.float32)
+        if WEIGHED:
+            total = (total * weight).to(ROUND).to(tl.float32)
+        x = (x + total).to(ROUND).to(tl.float32)
+        tl.store(y + row * width + k, x.to(ROUND), mask=inside)
+    if normed is not None:
+        x = _normed(x, gain, shift, k, inside, width, eps, offset, ROUND, NORM)
+        tl.store(normed + row * width + k, x.to(ROUND), mask=inside)
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Shape:
-    """How a product is cut: outputs, lanes and pieces of a program. Measured on an H100; see docs/log.md."""
+    """How a product is cut: outputs and inputs of a program, its warps. Measured on an H100; see docs/log.md."""
 
     def __init__(self, rows: int, width: int, outputs: int, paired: bool) -> None:
-        self.even = False
         if rows == 1:
             self.piece = min(triton.next_power_of_2(width), WIDEST)
-            self.even = self.piece == width
             self.warps = 8 if self.piece >= 2048 else 4
             self.outputs = max(1, 8192 // self.piece // (2 if paired else 1))
-            self.stages = 1
+            self.stages = self.splits = 1
             return
         self.piece = 128 if width >= 128 else max(triton.next_power_of_2(width), 16)
-        self.outputs = 16 if outputs < 8192 else 32
-        self.warps, self.stages = 4, 4
+        self.outputs = 64 if outputs >= 8192 else 32
+        self.warps, self.stages, self.splits = 4, 4, 1
+
+
+def given(parts: tuple[Matrix, ...]) -> tuple[list[Any], list[int]]:
+    """Weights, biases and scales of up to three matrices, as many of each, and the outputs of each."""
+    if not all(part.weight.is_contiguous() for part in parts):
+        raise ValueError("weights must lie in one piece each")
+    three = [*parts, parts[0], parts[0]][:3]
+    found = [[part.weight for part in three], [part.bias for part in three], [part.scale for part in three]]
+    sizes = [part.weight.shape[0] for part in parts]
+    return [one for kind in found for one in kind], [*sizes, 0, 0][:3]
 
 
 def product(
@@ -278,40 +316,86 @@ def product(
     stream: Tensor | None = None,
     weight: float = 1.0,
     cap: float | None = None,
+    ahead: tuple[Tensor, ...] = (),
+    reach: int = 0,
     pdl: bool = False,
     shape: Shape | None = None,
 ) -> None:
-    """x (B, K) times `parts` (N_i, K), into out (B, N); as in `twins.product`."""
-    count, width = x.shape
-    if norm is not None and count == 1 and width > WIDEST:
+    """One row x (1, K) times `parts` (N_i, K), into out (1, N); as in `twins.product`.
+
+    ahead: up to two weights of one size that are wanted soon; the first `reach` bytes of each are called.
+    """
+    width = x.shape[1]
+    if norm is not None and width > WIDEST:
         raise ValueError(f"a norm over {width} is wider than the {WIDEST} that a program holds")
-    if not (x.is_contiguous() and out.is_contiguous() and all(part.weight.is_contiguous() for part in parts)):
-        raise ValueError("rows and weights must lie in one piece each")
-    sizes = [part.weight.shape[0] for part in parts]
-    cut = shape or Shape(count, width, sum(sizes), paired)
-    first = parts[0]
-    three = [*parts, first, first][:3]
-    n0, n1, n2 = (*sizes, 0, 0)[:3]
-    stacked = 1 if paired or len(parts) == 1 else 3
-    blocks = triton.cdiv(n0, cut.outputs) if stacked == 1 else sum(triton.cdiv(n, cut.outputs) for n in sizes)
-    given = (
-        x, None if norm is None else norm.gain, None if norm is None else norm.shift,
-        *(part.weight for part in three), *(part.bias for part in three), *(part.scale for part in three), stream, out,
-    )  # fmt: skip
-    numbers = (width, 0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, weight, cap or 0.0)
-    kind = 0 if norm is None else NORMS[norm.kind]
-    options = (kind, stacked, paired, act, weight != 1.0, cap is not None)
+    if x.shape[0] != 1 or not x.is_contiguous() or not out.is_contiguous():
+        raise ValueError("one row is multiplied, which must lie in one piece")
+    matrices, sizes = given(parts)
+    cut = shape or Shape(1, width, sum(sizes), paired)
+    single = paired or len(parts) == 1
+    blocks = sum(triton.cdiv(size, cut.outputs) for size in (sizes[:1] if single else sizes))
+    eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
     # A launch option that only compilers for GPUs of one maker know is given where it is used alone.
     launch = {"launch_pdl": True} if pdl else {}
-    if count == 1:
-        _row[(blocks,)](
-            *given, n0, n1, n2, *numbers, *options, cut.outputs, cut.piece, cut.even, cut.piece < width,
-            TYPES[x.dtype], pdl,
-            num_warps=cut.warps, **launch,
-        )  # fmt: skip
-        return
+    next0, next1 = (*ahead, None, None)[:2] if reach else (None, None)
+    _row[(blocks,)](
+        x, None if norm is None else norm.gain, None if norm is None else norm.shift, *matrices, stream, out, *sizes,
+        width, eps, offset, weight, cap or 0.0, next0, next1, 0 if next0 is None else min(reach, next0.nbytes),
+        0 if norm is None else NORMS[norm.kind], 1 if single else 3, paired, act, weight != 1.0, cap is not None,
+        cut.outputs, cut.piece, cut.piece == width, cut.piece < width, TYPES[x.dtype], pdl, num_warps=cut.warps,
+        **launch,
+    )  # fmt: skip
+
+
+def products(
+    x: Tensor,
+    parts: tuple[Matrix, ...],
+    out: Tensor,
+    *,
+    paired: bool = False,
+    act: str = "identity",
+    cap: float | None = None,
+    pdl: bool = False,
+    shape: Shape | None = None,
+) -> None:
+    """Rows x (B, K) times `parts`, into out (B, N); or out (S, B, N), float32, for S sums over shares of the inputs."""
+    count, width = x.shape
+    if not (x.is_contiguous() and out.is_contiguous()):
+        raise ValueError("rows must lie in one piece")
+    matrices, sizes = given(parts)
+    splits = out.shape[0] if out.dim() == 3 else 1
+    cut = shape or Shape(count, width, sum(sizes), paired)
+    single = paired or len(parts) == 1
+    blocks = sum(triton.cdiv(size, cut.outputs) for size in (sizes[:1] if single else sizes))
     height = max(16, min(triton.next_power_of_2(count), 64))
-    _rows[(blocks, triton.cdiv(count, height))](
-        *given, count, n0, n1, n2, out.shape[1], *numbers, *options, height, cut.outputs, cut.piece, cut.stages,
+    launch = {"launch_pdl": True} if pdl else {}
+    _rows[(blocks, triton.cdiv(count, height), splits)](
+        x, *matrices, out, count, *sizes, out.shape[-1], width, cap or 0.0,
+        1 if single else 3, paired, act, cap is not None, height, cut.outputs, cut.piece, splits, cut.stages,
         TYPES[x.dtype], pdl, num_warps=cut.warps, **launch,
+    )  # fmt: skip
+
+
+def settle(
+    stream: Tensor,
+    parts: Tensor | None,
+    bias: Tensor | None,
+    weight: float,
+    out: Tensor,
+    norm: Norm | None,
+    normed: Tensor | None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """stream + weight * (sum of parts + bias) into out, and its norm into normed; as in `twins.settle`."""
+    rows, width = stream.shape
+    if width > WIDEST:
+        raise ValueError(f"a row of {width} is wider than the {WIDEST} that a program holds")
+    block = triton.next_power_of_2(width)
+    launch = {"launch_pdl": True} if pdl else {}
+    _settle[(rows,)](
+        stream, parts, bias, None if norm is None else norm.gain, None if norm is None else norm.shift, out, normed,
+        width, rows, 0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, weight,
+        0 if parts is None else parts.shape[0], weight != 1.0, 0 if norm is None else NORMS[norm.kind], block,
+        TYPES[stream.dtype], pdl, num_warps=8 if block >= 2048 else 4, **launch,
     )  # fmt: skip

@@ -57,6 +57,52 @@ def product(
     out.copy_(y if stream is None else stream + y)
 
 
+def products(
+    x: Tensor,
+    parts: tuple[Matrix, ...],
+    out: Tensor,
+    *,
+    paired: bool = False,
+    act: str = "identity",
+    cap: float | None = None,
+    **_: Any,
+) -> None:
+    """x (B, K) -> out (B, N) as `product` without norm and stream, or sums (S, B, N) over S shares of the inputs.
+
+    Sums are float32 and have no bias yet.
+    """
+    if out.dim() == 2:
+        product(x, None, parts, out, paired=paired, act=act, cap=cap)
+        return
+    (part,) = parts
+    scale = 1.0 if part.scale is None else part.scale
+    out.zero_()
+    out[0] = F.linear(x.float(), part.weight.float()) * scale
+
+
+def settle(
+    stream: Tensor,
+    parts: Tensor | None,
+    bias: Tensor | None,
+    weight: float,
+    out: Tensor,
+    norm: Norm | None,
+    normed_out: Tensor | None,
+    **_: Any,
+) -> None:
+    """stream (B, K) + weight * (sum of parts (S, B, K) + bias) -> out; its norm -> normed_out (B, K).
+
+    Without parts there is nothing to add, and `out` is left as it is.
+    """
+    if parts is not None:
+        y = parts.sum(0)
+        y = (y if bias is None else y + bias.float()).to(stream.dtype)
+        stream = stream + (y if weight == 1.0 else y * weight)
+        out.copy_(stream)
+    if normed_out is not None:
+        normed_out.copy_(normed(stream, norm))
+
+
 def attend(
     qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, slots: Tensor, pads: Tensor, out: Tensor, **_: Any
 ) -> None:
