@@ -148,3 +148,23 @@ def test_products_ride_where_they_can() -> None:
             fuse_products(model)
             model.hidden(**model.blank(1, 8))
             assert len(calls) == wanted, name
+
+
+def test_passes_beside_a_recorded_one_leave_its_addresses_alone() -> None:
+    model = build(load_preset("gpt2-nano", tiny=True), seed=1)
+    optimizer = build_optimizer(model, load_preset("gpt2-nano", tiny=True).preset.train)
+    change = FastUpdate(model, optimizer, Working(model, torch.float32), None)
+    kept = []
+    for size in (1.0, 2.0):
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, size)
+        kept.append([weight.grad for weight in model.parameters()])
+        norm = float(change.norm())
+        if size == 1.0:
+            held = change.held()
+    change.take(held)
+    assert change.tables is held[0] and float(change.total) == pytest.approx(norm / 2)
+    change.apply()
+    first = 1 - optimizer.param_groups[0]["betas"][0]
+    for weight, gradient in zip(model.parameters(), kept[0], strict=True):
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], first * gradient)

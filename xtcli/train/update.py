@@ -58,7 +58,8 @@ class FastUpdate(Update):
     ) -> None:
         super().__init__(model, optimizer, working, limit)
         self.copies: dict[Tensor, Tensor] = dict(zip(working.masters, working.copies, strict=True))
-        self.tables: list[Table] = []
+        self.tables: list[Table] = []  # of this step
+        self.known: list[Table] = []  # of the last pass that was not a recorded one
         self.total = torch.zeros(())
 
     def gather(self) -> None:
@@ -84,6 +85,8 @@ class FastUpdate(Update):
         """What was found out about the gradients of a pass that has been recorded; `take` makes it that of the step."""
         for table in self.tables:
             table.write()
+        # The graph reads these tables for good; a pass beside it must not write its addresses into them.
+        self.known = []
         return self.tables, self.total
 
     def take(self, held: tuple[list[Table], Tensor]) -> None:
@@ -111,9 +114,9 @@ class FastUpdate(Update):
                         source,
                     )
                     entries.setdefault((source.dtype, copy is None), []).append(entry)
-        known = [table.entries for table in self.tables]
-        if not _same(known, list(entries.values())):
-            self.tables = [Table(each, self.optimizer.param_groups[0]["betas"]) for each in entries.values()]
+        if not _same([table.entries for table in self.known], list(entries.values())):
+            self.known = [Table(each, self.optimizer.param_groups[0]["betas"]) for each in entries.values()]
+        self.tables = self.known
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         """The running values of a parameter, made at its first gradient."""
