@@ -201,6 +201,18 @@ def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias
     return y.view(*x.shape[:-1], -1)
 
 
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` where gradients are wanted; else PyTorch's own product, which waits for no trial of kernels."""
+    return linear(x, weight, bias) if torch.is_grad_enabled() else F.linear(x, weight, bias)
+
+
+def inner(mlp: Any, x: Tensor) -> Tensor:
+    """What a feed-forward of two biased layers with a GELU between makes of x (..., K), by `feed_forward`."""
+    if not torch.is_grad_enabled():
+        return type(mlp).inner(mlp, x)  # type: ignore[no-any-return]
+    return feed_forward(x, mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias)
+
+
 def suits(*widths: int) -> bool:
     """Whether the kernels take matrices of these widths."""
     return all(width % ALIGN == 0 for width in widths)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Role = Literal["input", "query", "output", "head"]
 
@@ -19,14 +20,25 @@ Draw = Callable[[Tensor, float], None]
 """Fills a tensor from N(0, std) by the model's seed; what parts with parameters of their own kind are given."""
 
 
+Multiply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` with a role; weight (out, in). `products`: parameters that may be read in the products' type."""
+    """`nn.Linear` with a role; weight (out, in). `products`: parameters that may be read in the products' type.
+
+    `multiply` makes the product; another that gives the same may stand in its place.
+    """
 
     products: tuple[str, ...] = ("weight",)
+    multiply: Multiply = staticmethod(F.linear)
 
     def __init__(self, inner: int, outer: int, bias: bool, role: Role = "input") -> None:
         super().__init__(inner, outer, bias=bias)
         self.role = role
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, self.bias)
 
 
 def widen(x: Tensor) -> Tensor:

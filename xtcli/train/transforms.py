@@ -10,17 +10,17 @@ checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xtcli import fast
 from xtcli.config.train import TrainConfig
+from xtcli.fast import linear
 from xtcli.parts.activations import ACTIVATIONS
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import Ctx
@@ -31,16 +31,14 @@ from xtcli.parts.linear import Linear
 from xtcli.parts.stack import Block
 from xtcli.train.device import Place
 
-Multiply = Callable[..., Tensor]
-"""x (..., K), weight (F, K), bias (F,) or None -> (..., F)."""
-
 
 def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
     """The model, changed in place as `config` says for training at `place`."""
     device = place.device
     own = fast.runs_on(device) and place.dtype.itemsize == 2
-    multiply = fuse_products(model) if own else F.linear
-    join_products(model, multiply)
+    if own:
+        fuse_products(model)
+    join_products(model)
     if config.checkpointing:
         checkpoint_blocks(model)
     if compiles(config, device):
@@ -55,7 +53,7 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     return config.compile is True or (config.compile == "auto" and device.type == "cuda")
 
 
-def join_products(model: nn.Module, multiply: Multiply = F.linear) -> int:
+def join_products(model: nn.Module) -> int:
     """Join in place; returns how many modules were changed. Weights keep their names, and are put together at each use.
 
     That pays where there are many rows, as in training; a layer with an adapter is left as it is.
@@ -63,25 +61,25 @@ def join_products(model: nn.Module, multiply: Multiply = F.linear) -> int:
     count = 0
     for module in model.modules():
         if isinstance(module, Attention) and module.reads_one and _bare(module.q, module.k, module.v):
-            module.project = partial(_heads_at_once, module, multiply)  # type: ignore[method-assign]
+            module.project = partial(_heads_at_once, module)  # type: ignore[method-assign]
             count += 1
         elif isinstance(module, GLU) and _bare(module.gate, module.up):
-            module.project = partial(at_once, (module.gate, module.up), multiply)  # type: ignore[method-assign, assignment]
+            module.project = partial(at_once, (module.gate, module.up))  # type: ignore[method-assign, assignment]
             count += 1
     return count
 
 
-def at_once(layers: Sequence[Linear], multiply: Multiply, x: Tensor) -> tuple[Tensor, ...]:
-    """What each of `layers` makes of x (..., in), by one product, which `multiply` computes."""
+def at_once(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of x (..., in), by one product."""
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    y = multiply(x, torch.cat(weights), torch.cat(biases) if biases else None)
+    y = layers[0].multiply(x, torch.cat(weights), torch.cat(biases) if biases else None)
     made: tuple[Tensor, ...] = y.split([layer.out_features for layer in layers], -1)
     return made
 
 
-def _heads_at_once(attention: Attention, multiply: Multiply, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor, Ctx]:
-    q, k, v = at_once((attention.q, attention.k, attention.v), multiply, x)
+def _heads_at_once(attention: Attention, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor, Ctx]:
+    q, k, v = at_once((attention.q, attention.k, attention.v), x)
     return q, k, v, ctx
 
 
@@ -91,39 +89,27 @@ def _bare(*layers: nn.Module) -> bool:
     return plain and len({layer.bias is None for layer in layers}) == 1
 
 
-def fuse_products(model: nn.Module) -> Multiply:
+def fuse_products(model: nn.Module) -> int:
     """Let the linear layers of blocks, and feed-forwards with a GELU in its tanh form, multiply by fast/linear.py.
 
-    Returns what multiplies so. For models in 16 bits on a GPU alone; layers of odd widths, or whose weights stay in
-    float32, are left as they are. Without gradients PyTorch's own products run, which wait for no trial of kernels.
+    In place; returns how many modules were changed. For models in 16 bits on a GPU alone; layers of odd widths, or
+    whose weights stay in float32, are left as they are.
     """
-    from xtcli.fast import linear
-
-    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled() or not linear.suits(*weight.shape):
-            return F.linear(x, weight, bias)
-        return linear.linear(x, weight, bias)
-
-    def inner(mlp: MLP, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return type(mlp).inner(mlp, x)
-        return linear.feed_forward(x, mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias)
-
-    def forward(layer: Linear, x: Tensor) -> Tensor:
-        return multiply(x, layer.weight, layer.bias)
-
+    count = 0
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         for module in block.modules():
-            if type(module) is Linear and module.products:
-                module.forward = partial(forward, module)  # type: ignore[method-assign]
-            elif type(module) is MLP and _rides(module) and linear.suits(*module.up.weight.shape):
-                module.inner = partial(inner, module)  # type: ignore[method-assign]
-    return multiply
+            if type(module) is Linear and module.products and linear.suits(*module.weight.shape):
+                module.multiply = linear.multiply
+                count += 1
+            elif type(module) is MLP and _rides(module):
+                module.inner = partial(linear.inner, module)  # type: ignore[method-assign]
+                count += 1
+    return count
 
 
 def _rides(mlp: MLP) -> bool:
     """Whether a feed-forward is two biased products with a GELU between them and nothing else."""
-    bare = _bare(mlp.up, mlp.down) and mlp.up.bias is not None
+    bare = _bare(mlp.up, mlp.down) and mlp.up.bias is not None and linear.suits(*mlp.up.weight.shape)
     return bare and mlp.act is ACTIVATIONS["gelu_tanh"] and mlp.dropout.p == 0
 
 
