@@ -345,3 +345,22 @@ def test_equal_blocks_share_compiled_code() -> None:
         given = inputs(model)
         model.losses(given, {"lm": given["input_ids"]})["lm"].sum.backward()
     assert counter.frame_count == 2  # one block, one loss
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotations_hand_back_what_their_formula_does(layout: str, compiled: bool) -> None:
+    from xtcli.parts import rotary
+
+    plain = {"half": rotary.turn_half, "interleaved": rotary.turn_interleaved}[layout]
+    own = rotary.TURNS[layout]
+    if compiled:
+        own = torch.compile(own, backend="aot_eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 5, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(1, 1, 5, 4, generator=generator, dtype=torch.float64)
+    aim = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    cos, sin = 1.3 * angles.cos(), 1.3 * angles.sin()
+    results = [turn(x, cos, sin) for turn in (own, plain)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad((result * aim).sum(), x) for result in results))

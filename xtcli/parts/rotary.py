@@ -270,4 +270,42 @@ def turn_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((pairs, rest), dim=-1)
 
 
-TURNS = {"half": turn_half, "interleaved": turn_interleaved}
+class _Half(torch.autograd.Function):
+    """What a rotation hands back is turned by the negative angle: one operation, where the derivative of slices and
+    joins is many, of which a compiler makes a slow kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn_half(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return turn_half(dy, cos, -sin), None, None
+
+
+class _Interleaved(torch.autograd.Function):
+    """The same of the other layout."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn_interleaved(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return turn_interleaved(dy, cos, -sin), None, None
+
+
+def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _Half.apply(x, cos, sin) if torch.is_grad_enabled() else turn_half(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _Interleaved.apply(x, cos, sin) if torch.is_grad_enabled() else turn_interleaved(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+TURNS = {"half": _half, "interleaved": _interleaved}
+"""By layout; gradients go back to what is turned, not to cos and sin."""
