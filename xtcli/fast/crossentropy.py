@@ -47,7 +47,8 @@ def _row(  # type: ignore[no-untyped-def]
         plain = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab, BLOCK):
             place = start + columns
-            x = tl.load(at + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
+            x = tl.load(at + place, mask=place < vocab, other=float("-inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
             if CAPPED:
                 x = tl.where(place < vocab, cap * _tanh(x / cap), float("-inf"))
             higher = tl.maximum(most, x)
@@ -70,7 +71,8 @@ def _row(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         for start in range(0, width, BLOCK):
             place = start + columns
-            x = tl.load(at + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
+            x = tl.load(at + place, mask=place < vocab, other=float("-inf"), eviction_policy="evict_first")
+            x = x.to(tl.float32)
             bent = x
             if CAPPED:
                 bent = _tanh(x / cap)

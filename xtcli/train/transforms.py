@@ -2,7 +2,7 @@
 
 ready             all that a run's config asks for
 join_products     one product in place of several that read the same x: queries, keys and values; gate and up
-compile_blocks    torch.compile of each block and of each head's loss; equal blocks share their code
+compile_blocks    torch.compile of each block, the last norm and each head's loss; equal blocks share their code
 fuse_products     biases and GELUs of blocks in the same kernels as the products
 slab_kernels      the loss of a slab by a kernel of our own
 checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
@@ -28,7 +28,7 @@ from xtcli.parts.ffn import GLU, MLP
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.linear import Linear
-from xtcli.parts.stack import Block
+from xtcli.parts.stack import Block, Stack
 from xtcli.train.device import Place
 
 
@@ -119,6 +119,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(**options)
+            count += 1
+        elif isinstance(module, Stack) and list(module.norm.parameters()):
+            module.norm.compile(**options)
             count += 1
         elif isinstance(module, Head) and module.terms is not None:
             module.terms = torch.compile(module.terms, **options)
