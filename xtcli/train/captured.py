@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli.config.train import TrainConfig
 from xtcli.data.batch import Batch
-from xtcli.train.update import FastUpdate
+from xtcli.train.transforms import compiles
+from xtcli.train.update import FastUpdate, Update
 
 USUAL = 3
 """Passes of a shape before it is recorded: compilers and libraries settle in the first."""
@@ -125,6 +127,17 @@ class Captured:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses, norm = self.work(parts, counts)
         return Recorded(graph, parts, counts, losses, norm, self.change.held())
+
+
+def captured(
+    work: Work, change: Update, config: TrainConfig, device: torch.device, talk: Callable[[str], None], ahead: bool
+) -> Work:
+    """`work`, by graphs where the host may be `ahead` of the device and steps are compiled.
+
+    Passes that compute parts again keep the state of random numbers, which no graph can.
+    """
+    fits = ahead and compiles(config, device) and not config.checkpointing
+    return Captured(work, change, device, talk) if fits and isinstance(change, FastUpdate) else work
 
 
 def shape_of(parts: Sequence[Batch], counts: Counts) -> Any:

@@ -24,7 +24,7 @@ from xtcli.model import Model
 from xtcli.parts.chance import settled
 from xtcli.runs.run import Run
 from xtcli.runs.state import Progress, Stateful, collect, stateful
-from xtcli.train.captured import Captured, Work
+from xtcli.train.captured import captured
 from xtcli.train.carry import Carried
 from xtcli.train.job import Job
 from xtcli.train.lines import Done, other_unit
@@ -32,8 +32,7 @@ from xtcli.train.optim import build_optimizer, set_rate
 from xtcli.train.outcome import Outcome, search
 from xtcli.train.schedules import schedule
 from xtcli.train.signals import Stopper
-from xtcli.train.transforms import compiles
-from xtcli.train.update import FastUpdate, update_for
+from xtcli.train.update import update_for
 from xtcli.train.view import View
 from xtcli.train.working import Working
 
@@ -62,9 +61,7 @@ class Trainer:
         # On a GPU the host looks at a step while the device is at the next one; what a step leaves must wait for it.
         self.ahead = self.place.device.type == "cuda" and self.scaler is None and not self.carried.on
         self.pending: Outcome | None = None
-        self.passes: Work = self.work
-        if self.ahead and isinstance(self.change, FastUpdate) and compiles(self.config, self.place.device):
-            self.passes = Captured(self.work, self.change, self.place.device, self.view.message)
+        self.passes = captured(self.work, self.change, self.config, self.place.device, view.message, self.ahead)
 
     @property
     def parts(self) -> tuple[Stateful, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xtcli import fast
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.model import Model
@@ -159,6 +160,8 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
     ready(model, config, job.place)
     for note in run.notes:
         view.message(note)
+    if job.place.device.type == "cuda" and not fast.runs_on(job.place.device):
+        view.message("Triton is not installed: PyTorch's own optimizer, loss and products run, which are slower")
     return Trainer(job, model, run, view, log)
 
 
