@@ -1,6 +1,6 @@
 """What the training loop adds to bare steps: data from the loader, the log, the view, looking at losses.
 
-    bare    forward, backward, clip, optimizer step, over one batch that is on the device already
+    bare    forward, backward, clip, optimizer step, by the same kernels, over one batch that is on the device already
     loop    `Trainer.step` and what surrounds it, over batches that the loader makes and that travel to the device
 
 Both work on the same model, optimizer and kernels, and take turns in blocks; the loop writes one line of its log and of
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from xtcli.bench.stepping import ENDLESS, Bench, random_batch
@@ -92,17 +91,7 @@ def overhead(bench: Bench, talk: Callable[[str], None]) -> dict[str, Any]:
 
 def bare(bench: Bench) -> None:
     """One step with nothing around it; the loop's step counter stays."""
-    trainer, model, place = bench.trainer, bench.model, bench.place
-    with trainer.working.lent():
-        counts = {head: max(count, 1) for head, count in bench.batch.supervised().items()}
-        for rows in bench.batch.split(bench.plan.micro_batch):
-            with place.amp():
-                hidden = model.hidden(**rows.inputs)
-                terms = model.terms(hidden, rows.targets) | model.routed(hidden)
-                shares = [term.weight * term.sum / counts.get(head, len(rows)) for head, term in terms.items()]
-                loss = torch.stack(shares).sum()
-            loss.backward()
-    trainer.change.gather()
-    trainer.change.norm()
+    trainer = bench.trainer
+    trainer.passes(*trainer.shared(bench.batch))
     trainer.change.apply()
     trainer.change.clear()
