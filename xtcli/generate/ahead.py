@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xtcli.errors import refuse
 from xtcli.fast.engine import Kernels, OnGpu, Planned, Step, recorded
+from xtcli.fast.oncpu import Lean
 from xtcli.fast.plan import Unplanned, plan
 from xtcli.generate.feed import Feed
 from xtcli.generate.pen import BROKEN, Pen, pick
@@ -25,7 +26,7 @@ from xtcli.generate.rules import Rules
 from xtcli.parts.graphs import Graph
 
 DEPTH = 3
-"""Steps that are asked for before the host reads the first of them."""
+"""Steps that are asked for before the host reads the first of them, where they run beside it; none elsewhere."""
 FEWEST = 4
 """Tokens that are worth a step of their own."""
 KEPT = 2
@@ -53,8 +54,13 @@ class Made:
 _kept: WeakKeyDictionary[Graph, list[Made]] = WeakKeyDictionary()
 
 
-def kernels_on(device: torch.device) -> Kernels | None:
-    """The kernels for a device; None where the parts of a model are as good. Raises Unplanned where there are none."""
+def kernels_on(device: torch.device) -> Kernels | type[Lean] | None:
+    """The kernels for a device, or a step that has its own; None where the parts of a model are as good.
+
+    Raises Unplanned where there are none.
+    """
+    if device.type == "cpu":
+        return Lean
     if device.type != "cuda":
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -72,7 +78,8 @@ def pen_for(feed: Feed, rules: Rules, logits: Tensor, numbers: Tensor | None, bu
         try:
             made = _made(feed, most, rules)
         except Unplanned as reason:
-            feed.slow = str(reason)
+            # Elsewhere nothing is recorded, and the parts of the model do the same with more overhead.
+            feed.slow = str(reason) if feed.model.device.type == "cuda" else None
         else:
             if made is not None:
                 return Ahead(feed, rules, logits, numbers, budgets, made)
@@ -82,9 +89,11 @@ def pen_for(feed: Feed, rules: Rules, logits: Tensor, numbers: Tensor | None, bu
 def _made(feed: Feed, most: int, rules: Rules) -> Made | None:
     """A step for the rows of this feed, kept from before or new; None where there are no kernels."""
     model, end = feed.model, feed.width + most
-    kernels = kernels_on(model.device)
+    kernels, rows = kernels_on(model.device), feed.ids.shape[0]
     if kernels is None:
         return None
+    if kernels is Lean and rows > 1:
+        raise Unplanned("there are several rows, and those that end are to leave")
     if rules.lens:
         raise Unplanned("what else could have stood in the place of a token is asked for")
     if type(feed) is not Feed:
@@ -97,7 +106,6 @@ def _made(feed: Feed, most: int, rules: Rules) -> Made | None:
         raise Unplanned("autocast is in force")
     if any(parameter.dtype != model.dtype for parameter in model.parameters()):
         raise Unplanned("weights are of several types")
-    rows = feed.ids.shape[0]
     kept = _kept.setdefault(model, [])
     for made in kept:
         if made.step.rows == rows and end <= made.step.capacity <= 4 * bucket(end) and made.weights == _weights(model):
@@ -105,8 +113,9 @@ def _made(feed: Feed, most: int, rules: Rules) -> Made | None:
             return made
     del kept[: max(0, len(kept) - KEPT + 1)]
     capacity = bucket(end)
-    planned = Planned(plan(model, capacity), rows, capacity, kernels)
-    kept.append(Made(planned, _weights(model)))
+    step = plan(model, capacity)
+    made_anew = kernels(step, rows, capacity) if isinstance(kernels, type) else Planned(step, rows, capacity, kernels)
+    kept.append(Made(made_anew, _weights(model)))
     return kept[-1]
 
 
@@ -147,7 +156,8 @@ class Ahead(Pen):
             return super().take(0, budgets)
         if not self.begun:
             self._begin()
-        while self.asked <= min(step + DEPTH, self.last):
+        depth = DEPTH if self.made.step.device.type == "cuda" else 0
+        while self.asked <= min(step + depth, self.last):
             self._ask()
         told, done = self.waiting.popleft()
         if done is not None:
