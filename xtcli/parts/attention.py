@@ -32,6 +32,7 @@ from xtcli.parts.recurrence import joined
 from xtcli.parts.rotary import TURNS
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.scores import ScoreSlot, Sizes, Softmax
+from xtcli.parts.slides import WIDTHS
 from xtcli.registry import Config, field, part, part_of
 
 
@@ -213,7 +214,10 @@ class Attention(Heads):
             raise Impossible("mask", cause, "use {kind: all, of: [causal, ...]}, or an encoder")
         self.aligned = masks.aligned(rule)
         by_pair = bias is None or getattr(scope.shared.biases[bias], "pairwise", False)
-        self.view: int = scope.shared.view(rule, bias, False, by_pair and self.unchanged)
+        row = bias is not None and hasattr(scope.shared.biases[bias], "row")
+        sliding = row and self.untouched and isinstance(self.q_norm, norms.NoNorm) and self.turn_keys is _unturned
+        sliding = sliding and self.groups == self.heads and self.head_dim in WIDTHS
+        self.view: int = scope.shared.view(rule, bias, False, by_pair and self.unchanged, sliding)
         # Keys that are turned at use, or scored by their distance, must all be there; so must those in front of a text,
         # and those that another layer's scores are carried to.
         carried = any(hasattr(score, "chain") for score in self.score.modules())
@@ -228,10 +232,15 @@ class Attention(Heads):
         return Memory(cache=cache) if self.recurs else cache
 
     @property
-    def unchanged(self) -> bool:
-        """Whether `kernels.fused` is handed the mask as the stack made it, and no dropout."""
+    def untouched(self) -> bool:
+        """Whether `kernels.fused` is handed the mask as the stack made it."""
         usual = type(self).forward is Attention.forward and type(self).attend is Heads.attend
-        return usual and self.fused and self.relative is None and self.memory is None and self.rate == 0.0
+        return usual and self.fused and self.relative is None and self.memory is None
+
+    @property
+    def unchanged(self) -> bool:
+        """The same, and no dropout."""
+        return self.untouched and self.rate == 0.0
 
     @property
     def reads_one(self) -> bool:

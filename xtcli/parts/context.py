@@ -75,13 +75,14 @@ class Visible:
     """Which keys each query may see, ready for the kernel.
 
     `mask` is None (everything), bool (True = see) or additive, broadcastable to (B, H, T, S);
-    `causal` says that the mask is exactly the lower triangle and need not be stored. `blocks` (blockmasks.py), in place
-    of both, is for those alone that asked for it.
+    `causal` says that the mask is exactly the lower triangle and need not be stored. `blocks` (blockmasks.py) or
+    `sliding` (slides.py), in place of both, is for those alone that asked for it.
     """
 
     mask: Tensor | None = None
     causal: bool = False
     blocks: Any = None
+    sliding: Any = None
 
 
 @dataclass(frozen=True)

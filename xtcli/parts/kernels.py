@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtcli.parts import blockmasks
+from xtcli.parts import blockmasks, slides
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import widen
 
@@ -23,6 +23,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropo
         if dropout:
             raise AssertionError("a mask by blocks leaves no weights to drop")
         return blockmasks.attend(q, k, v, visible.blocks, scale)
+    if visible.sliding is not None:
+        return slides.attend(q, k, v, visible.sliding, scale, dropout)
     return F.scaled_dot_product_attention(
         q,
         k,

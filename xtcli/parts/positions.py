@@ -35,7 +35,7 @@ from xtcli.parts.context import Ctx
 from xtcli.parts.embed import SinusoidalPlaces
 from xtcli.parts.linear import Linear, Table
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.shared import slid, slot_distance
+from xtcli.parts.shared import distances, slid, slot_distance
 from xtcli.registry import Config, Slot, field, part, part_of
 
 PositionSlot = Annotated[Config, Slot("position")]
@@ -121,6 +121,10 @@ class BucketBias(Bias):
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
         return slid(self._values, ctx, queries)
+
+    def row(self, ctx: Ctx, queries: int) -> Tensor:
+        """(H, T + S - 1), the scores of all distances."""
+        return distances(self._values, ctx, queries)
 
     def _values(self, distances: Tensor) -> Tensor:
         return self.table(bucket(distances, self.buckets, self.furthest, self.both_sides))  # type: ignore[no-any-return]
@@ -219,6 +223,10 @@ class DistanceNetwork(Bias):
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(1, H, T, S), from slot distances."""
         return slid(self._values, ctx, queries)
+
+    def row(self, ctx: Ctx, queries: int) -> Tensor:
+        """(H, T + S - 1), the scores of all distances."""
+        return distances(self._values, ctx, queries)
 
     def _values(self, distances: Tensor) -> Tensor:
         weight: Tensor = self.layers[0].weight  # type: ignore[assignment]

@@ -4,7 +4,8 @@
     everything, a row of keys, the past        PyTorch's attention: cuDNN on Hopper, groups of heads as they are
     else, in training, LEAST tokens or more    FlexAttention with a mask by blocks
     else                                       PyTorch's attention with a stored mask
-    scores that are added and learned          PyTorch's attention: of its kernels the one that gives their gradient
+    a learned bias of the distance, training   fast/distance.py, without a bias of all pairs
+    other scores that are added and learned    PyTorch's attention: of its kernels the one that gives their gradient
     scores that are not softmax                tensors (`kernels.plain`)
 
 PyTorch chooses among its own kernels by itself; on one H100 its choice was the fastest of them wherever it was measured
@@ -16,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xtcli import fast
 from xtcli.parts.context import Ctx
 from xtcli.registry import Config
 
@@ -27,8 +29,19 @@ HALF = (torch.float16, torch.bfloat16)
 
 def suits(x: Tensor) -> bool:
     """Whether FlexAttention pays for a stack that reads x (B, T, dim), if its masks are not plain ones."""
-    if x.device.type != "cuda" or not torch.is_grad_enabled() or x.shape[1] < LEAST:
+    return x.device.type == "cuda" and torch.is_grad_enabled() and x.shape[1] >= LEAST and _half(x)
+
+
+def by_distance(rule: Config, x: Tensor, ctx: Ctx) -> bool:
+    """Whether a rule over what enters a stack, x (B, T, dim), and a bias of the distance go to kernels of our own."""
+    if not (fast.runs_on(x.device) and torch.is_grad_enabled() and _half(x)):
         return False
+    placed = ctx.offset or ctx.prefix or ctx.prefix_reads or x.shape[1] != ctx.keys.shape[1]
+    return not placed and ctx.documents is None and rule.kind in ("full", "causal")
+
+
+def _half(x: Tensor) -> bool:
+    """Whether products of what x enters are of 16 bits."""
     kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return kind in HALF
 

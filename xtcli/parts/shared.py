@@ -18,7 +18,7 @@ from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.masks import check_length, limit, render
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.parts.scores import Sizes
-from xtcli.parts.slides import slide
+from xtcli.parts.slides import Sliding, slide
 from xtcli.registry import Config, part_of
 
 
@@ -31,6 +31,7 @@ class View:
     bias: int | None
     dense: bool
     blocks: bool = False
+    sliding: bool = False
 
 
 class Shared(nn.Module):
@@ -72,9 +73,10 @@ class Shared(nn.Module):
         """The number, among the rotations, of another module with `tables(ctx, dtype)`, made once for each `key`."""
         return self._enter(self.turns, key, make)
 
-    def view(self, rule: Config, bias: int | None, dense: bool, blocks: bool = False) -> int:
-        """The number of a mask. `blocks`: it goes to `kernels.fused` as it is, without dropout."""
-        view = View(rule, bias, dense, blocks)
+    def view(self, rule: Config, bias: int | None, dense: bool, blocks: bool = False, sliding: bool = False) -> int:
+        """The number of a mask. `blocks`: it goes to `kernels.fused` as it is, without dropout. `sliding`: it goes
+        there as it is, with heads that the kernels for biases of a distance take."""
+        view = View(rule, bias, dense, blocks, sliding)
         if view not in self.views:
             self.views.append(view)
         return self.views.index(view)
@@ -119,17 +121,27 @@ class Shared(nn.Module):
         by_blocks = [
             suits and view.blocks and routes.by_blocks(view.rule, view.bias, ctx, queries) for view in self.views
         ]
+        by_distance = [view.sliding and routes.by_distance(view.rule, x, ctx) for view in self.views]
         # What is stored for all pairs of a text, once for all views that read it.
-        stored = dict.fromkeys(v.bias for v, block in zip(self.views, by_blocks, strict=True) if not block)
+        ways = list(zip(self.views, by_blocks, by_distance, strict=True))
+        stored = dict.fromkeys(view.bias for view, block, slides in ways if not (block or slides))
         biases = {n: self.biases[n].scores(ctx, queries).to(x.dtype) for n in stored if n is not None}  # type: ignore[operator]
         visible = tuple(
-            self.by_blocks(view, ctx, x.shape[0])
+            self.by_distance(view, ctx, queries)
+            if slides
+            else self.by_blocks(view, ctx, x.shape[0])
             if block
             else render(view.rule, ctx, queries, None if view.bias is None else biases[view.bias], view.dense)
-            for view, block in zip(self.views, by_blocks, strict=True)
+            for view, block, slides in ways
         )
         layouts = tuple(layout.lay(x, ctx, self.biases) for layout in self.layouts)  # type: ignore[operator]
         return replace(ctx, turns=turns, visible=visible, layouts=layouts)
+
+    def by_distance(self, view: View, ctx: Ctx, queries: int) -> Visible:
+        """A view whose bias is left as one value for each distance."""
+        check_length(view.rule, ctx)
+        row = self.biases[view.bias].row(ctx, queries)  # type: ignore[index, operator]
+        return Visible(sliding=Sliding.of(row, ctx.keep, view.rule.kind == "causal"))
 
     def by_blocks(self, view: View, ctx: Ctx, rows: int) -> Visible:
         """A view of `rows` texts as a mask by blocks."""
@@ -154,8 +166,13 @@ def slid(values: Callable[[Tensor], Tensor], ctx: Ctx, queries: int) -> Tensor:
         steps = slot_distance(ctx, queries).clamp(1 - span, span - 1) + span - 1
         return values(torch.arange(1 - span, span, device=steps.device))[steps].permute(0, 3, 1, 2)
     # Slots lie in a row, so a pair's bias depends on its distance alone: one value a distance, slid over the rows.
-    row = values(torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device))  # (T + S - 1, H)
-    return slide(row.t(), span)[None]
+    return slide(distances(values, ctx, queries), span)[None]
+
+
+def distances(values: Callable[[Tensor], Tensor], ctx: Ctx, queries: int) -> Tensor:
+    """The values of all distances of slots, from 1 - T to S - 1: (H, T + S - 1)."""
+    span = ctx.keys.shape[1]
+    return values(torch.arange(1 - queries - ctx.offset, span - ctx.offset, device=ctx.keys.device)).t()
 
 
 def slot_distance(ctx: Ctx, queries: int) -> Tensor:
