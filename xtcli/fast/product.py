@@ -4,9 +4,9 @@
     y = act(G norm(x) + g) * (U norm(x) + u)   two that are `paired`
     y = stream + weight * (W x + b)            into the residual stream
 
-`twins` is the specification. One row is multiplied lane by lane, each program holding whole rows of the weights. Several
-rows go through the tensor cores: there a norm is a launch of its own (`settle`), and so is the sum where the inputs of a
-matrix are split among programs, into which the residual and the next norm go.
+`twins` is the specification. One row is multiplied lane by lane, each program holding whole rows of the weights.
+Several rows go through the tensor cores: there a norm is a launch of its own (`settle`), and so is the sum where the
+inputs of a matrix are split among programs, into which the residual and the next norm go.
 
 Weights are asked for before a launch waits for the one that makes x, where the device can start a launch early (`PDL`:
 programmatic dependent launch, from compute capability 9.0 on); those of later launches are called into the cache.
@@ -286,8 +286,8 @@ class Shape:
     def __init__(self, rows: int, width: int, outputs: int, paired: bool) -> None:
         if rows == 1:
             self.piece = min(triton.next_power_of_2(width), WIDEST)
-            self.warps = 8 if self.piece >= 2048 else 4
-            self.outputs = max(1, 8192 // self.piece // (2 if paired else 1))
+            self.warps = 8 if self.piece > 2048 or paired else 4
+            self.outputs = max(1, (16384 if self.piece > 2048 else 4096 if paired else 8192) // self.piece)
             self.stages = self.splits = 1
             return
         self.piece = 128 if width >= 128 else max(triton.next_power_of_2(width), 16)
@@ -300,7 +300,11 @@ def given(parts: tuple[Matrix, ...]) -> tuple[list[Any], list[int]]:
     if not all(part.weight.is_contiguous() for part in parts):
         raise ValueError("weights must lie in one piece each")
     three = [*parts, parts[0], parts[0]][:3]
-    found = [[part.weight for part in three], [part.bias for part in three], [part.scale for part in three]]
+    found: list[list[Any]] = [
+        [part.weight for part in three],
+        [part.bias for part in three],
+        [part.scale for part in three],
+    ]
     sizes = [part.weight.shape[0] for part in parts]
     return [one for kind in found for one in kind], [*sizes, 0, 0][:3]
 
