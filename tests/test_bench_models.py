@@ -123,6 +123,15 @@ def test_ours_and_the_reference_write_the_same(name: str) -> None:
     assert ours["per_token"]["median_ms"] > 0
 
 
+def test_eight_bits_have_a_line_of_their_own() -> None:
+    config = generation.Config.of(
+        words("llama-7b"), device="cpu", dtype="fp32", tiny=True, prompt=6, new=6, repeats=2, int8=True
+    )
+    ours, small = generation.run(config, CPU, quiet)["rows"]
+    assert (ours["side"], small["side"]) == ("xt", generation.EIGHT)
+    assert len(small["tokens"][0]) == 6 and small["per_token"]["median_ms"] > 0 and small["ratio"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "message"),
     [

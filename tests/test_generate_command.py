@@ -247,3 +247,14 @@ def test_damaged_checkpoint(xt: Any, models: Path) -> None:
         assert run.code == 2 and run.out == "" and len(run.talk) == 1 and "model.safetensors" in run.err
     finally:
         weights.write_bytes(whole)
+
+
+def test_weights_in_eight_bits(xt: Any) -> None:
+    given = ("--ckpt", "tinyllama-1.1b", "--prompt", "the cat", "--max-tokens", "6", "--temperature", "0")
+    made = xt(*given, "--int8", "--json")
+    assert made.code == 0
+    assert "parameters, fp32 with 15 layers in 8 bits, on cpu" in made.talk[0]
+    assert json.loads(made.out)["dtype"] == "fp32 with 15 layers in 8 bits"
+    plain = xt(*given, "--json")
+    assert "8 bits" not in plain.err
+    assert made.talk[0].split(" parameters")[0] == plain.talk[0].split(" parameters")[0]

@@ -7,6 +7,7 @@ further token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,18 +29,20 @@ from xtcli.generate.sampling import Sampling
 from xtcli.generate.stops import Text
 from xtcli.generate.streams import feed_for
 from xtcli.model import Model, build, count, skeleton
+from xtcli.parts.int8 import quantise
 from xtcli.parts.seq2seq import EncoderDecoder
 from xtcli.train.device import DTYPES, Place
 
 Talk = Callable[[str], None]
 GREEDY = Sampling(temperature=0)
+EIGHT = "xt, 8-bit weights"
 SHORT = 16
 """Tokens of the text whose memory is measured: more take no more, but for their slots in the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Asked):
-    """What is asked for. `against` are peers, as words of the command line."""
+    """What is asked for. `against` are peers, as words of the command line; `int8`: beside it, the same in 8 bits."""
 
     device: str
     dtype: str
@@ -48,6 +51,7 @@ class Config(Asked):
     new: int = 128
     repeats: int = 5
     seed: int = 0
+    int8: bool = False
 
 
 def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
@@ -148,6 +152,12 @@ class Measured:
         sides: dict[str, Any] = {"xt": Ours(model, prompts)}
         shares = {"xt": self.own}
         missing: dict[str, str] = {}
+        if config.int8:
+            share = Share(self.place.device)
+            with share.grows():
+                small = copy.deepcopy(model)
+                quantise(small)
+            sides[EIGHT], shares[EIGHT] = Ours(small, prompts), share
         for peer in peers:
             share = Share(self.place.device)
             try:

@@ -59,7 +59,7 @@ CASES = (
     ),
     Case(
         "decode-llama", "Writing with a 1.1B LLaMA: 1 x 128 + 256 tokens",
-        "generate tinyllama-1.1b --prompt 128 --new 256 --dtype bf16",
+        "generate tinyllama-1.1b --prompt 128 --new 256 --dtype bf16 --int8",
         "cuda", 200, 20, {"gpt-fast": 1.45, "transformers, static cache": 2.5},
     ),
     Case(

@@ -188,6 +188,7 @@ def generate(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Texts that are timed.")] = 5,
+    int8: Annotated[bool, typer.Option("--int8", help="Beside it, with the linear layers in 8 bits.")] = False,
     against: Against = None,
     size: Size = None,
     tiny: Tiny = False,
@@ -211,6 +212,7 @@ def generate(
         prompt=prompt,
         new=new,
         repeats=repeats,
+        int8=int8,
         against=tuple(against or ()),
     )
     result = generation.run(config, place, _talk)

@@ -32,7 +32,7 @@ TASKS = {
     "label": "labels the prompt, or answers from its context",
 }
 SEEING = {"map": "describes images", "label": "labels images"}
-READ = {"ckpt", "prompt", "prompt_file", "image", "fill_top", "tokenizer", "device", "dtype", "as_json"}
+READ = {"ckpt", "prompt", "prompt_file", "image", "fill_top", "tokenizer", "device", "dtype", "int8", "as_json"}
 """Parameters that are read whatever the task."""
 LENS = 4
 """Alternatives that --lens shows for each token."""
@@ -117,6 +117,10 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="Type of the weights: fp32, bf16 or fp16.", show_default="as stored")
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Round the weights of linear layers to 8 bits, so that less is read for a token."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text, fill its masks, map it to another or label it, as the model's structure allows.
@@ -154,14 +158,14 @@ def command(
         past_context=past_context,
     )
     if image:
-        generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
+        generation = _Generation(ctx, ckpt, tokenizer, device, dtype, int8)
         for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--context", context)):
             if value:
                 raise refuse("has no place beside --image", "leave one of them out", place=name)
         generation.see([str(file) for file in image], wanted, (drawn, greedy), stream, as_json)
         return
     prompts = prompts_of(prompt or [], prompt_file or [])
-    generation = _Generation(ctx, ckpt, tokenizer, device, dtype)
+    generation = _Generation(ctx, ckpt, tokenizer, device, dtype, int8)
     if generation.sees:
         raise refuse("the model reads images", "give one with --image FILE", place="--prompt")
     if generation.looks_through(prompts):
@@ -179,7 +183,9 @@ def command(
 class _Generation:
     """A model that is loaded, and what is said about its texts."""
 
-    def __init__(self, ctx: typer.Context, ckpt: str, tokenizer: Path | None, device: str, dtype: str | None) -> None:
+    def __init__(
+        self, ctx: typer.Context, ckpt: str, tokenizer: Path | None, device: str, dtype: str | None, int8: bool
+    ) -> None:
         import torch
 
         from xtcli import model
@@ -188,6 +194,7 @@ class _Generation:
         from xtcli.generate.engine import task_of
         from xtcli.generate.label import labels_texts
         from xtcli.generate.pictures import sees
+        from xtcli.parts.int8 import quantise
 
         self.ctx = ctx
         place = device_of(device)
@@ -198,11 +205,14 @@ class _Generation:
         self.sees = sees(self.model)
         self.task = "label" if labels_texts(self.model, self.preset) else task_of(self.model)
         kind = next((name for name, dtype in DTYPES.items() if str(self.model.dtype) == f"torch.{dtype}"), "mixed")
+        parameters = model.count(self.model)
+        if int8:
+            kind = f"{kind} with {count(quantise(self.model), 'layer')} in 8 bits"
         self.facts = {"checkpoint": str(self.folder), "device": str(place), "dtype": kind}
         threads = count(torch.get_num_threads(), "CPU thread")
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else threads
         where = "mps" if place.type == "mps" else f"{place} ({name})"
-        talk(f"{self.folder}: {model.count(self.model):,} parameters, {kind}, on {where}; {self.does()}")
+        talk(f"{self.folder}: {parameters:,} parameters, {kind}, on {where}; {self.does()}")
 
     def does(self) -> str:
         """What the model does, in words."""
