@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from tests.attentions import config, make
 from xtcli.parts import blockmasks, blocksparse, masks, routes
+from xtcli.parts.blocklists import Listed
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused, plain
 from xtcli.parts.masks import CAUSAL, FULL, AllOf, AnyOf, Window
 from xtcli.parts.scores import Sizes, Softmax
 from xtcli.registry import Config, find
 from xtcli.train.transforms import compile_blocks
+
+pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
 CHUNKS = find("mask", "chunks").Config
@@ -179,20 +181,23 @@ MODELS: dict[str, tuple[bool, dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How often the kernel was asked; it is on the CPU, and takes blocks of 16."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a kernel was asked; what it would make is made of stored masks."""
     calls: list[int] = []
-    attend = blockmasks.attend
 
-    def counting(*given: Any) -> Tensor:
-        calls.append(1)
-        return attend(*given)
+    def counting(attend: Any) -> Any:
+        def counts(*given: Any) -> Tensor:
+            calls.append(1)
+            made: Tensor = attend(*given)
+            return made
 
-    monkeypatch.setattr(blockmasks, "attend", counting)
-    monkeypatch.setattr(blocksparse, "TILES", {16: {}})
-    blocksparse.lists.cache_clear()
-    yield calls
-    blocksparse.lists.cache_clear()
+        return counts
+
+    monkeypatch.setattr(blockmasks, "attend", counting(blockmasks.attend))
+    monkeypatch.setattr(Listed, "attend", counting(Listed.attend))
+    monkeypatch.setattr(blocksparse, "runs_on", lambda device: True)
+    monkeypatch.setattr("xtcli.fast.blocks.attend", None)
+    return calls
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one text", "documents"])

@@ -1,9 +1,10 @@
 """The attentions that are measured: each mask, score and position bias of the registry, one at a time.
 
 A case is a mask rule, a score kind and maybe an additive bias; those that are not the subject are causal, softmax and
-none. A mixer whose cost grows with the length and not its square (`linear`) is a case of its own: it is measured as it
-stands, projections included. Kinds enter from the registry with the values of USUAL, or else those of their own
-examples, so that a kind added to the registry is measured without a word here.
+none. A mixer whose cost grows with the length and not its square (`linear`) is a case of its own: an attention is
+measured without its projections, as those of the other cases are, any other as it stands. Kinds enter from the registry
+with the values of USUAL, or else those of their own examples, so that a kind added to the registry is measured without
+a word here.
 
 Axes: B batch, H query heads, G key/value heads, T tokens, D head width.
 """
@@ -168,11 +169,13 @@ def flops(case: Case, shape: Shape) -> tuple[int, int]:
 
 
 def inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (B, H, T, D), k and v (B, G, T, D), and the gradient of the output (B, H, T, D): normal numbers."""
+    """q (B, H, T, D), k and v (B, G, T, D), and the gradient of the output (B, H, T, D): normal numbers, laid out as
+    projections leave them."""
     torch.manual_seed(seed)
     size = {"q": shape.heads, "k": shape.groups, "v": shape.groups, "dy": shape.heads}
     q, k, v, dy = (
-        torch.randn(shape.batch, heads, shape.seq, shape.width, device=device, dtype=dtype) for heads in size.values()
+        torch.randn(shape.batch, shape.seq, heads, shape.width, device=device, dtype=dtype).transpose(1, 2)
+        for heads in size.values()
     )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy
 
@@ -261,8 +264,10 @@ def routed(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -
     x = torch.empty(shape.batch, shape.seq, 0, device=device, dtype=dtype)
     if not (taken and routes.suits(x) and routes.by_blocks(case.rule, None if bias is None else 0, ctx, shape.seq)):
         return visible(case, shape, device, dtype)
-    scores = None if bias is None else bias.by_pair(ctx, shape.batch)
-    return Visible(blocks=replace(blockmasks.of_rule(case.rule, ctx, shape.batch), scores=scores))
+    blocks = blockmasks.of_rule(case.rule, ctx, shape.batch)
+    if bias is not None:
+        blocks = replace(blocks, scores=bias.by_pair(ctx, shape.batch), looks=True)
+    return Visible(blocks=blocks)
 
 
 def bias_by_distance(case: Case, shape: Shape, device: torch.device) -> Tensor | None:

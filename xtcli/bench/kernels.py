@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, routed, scale, score_of, visible
+from xtcli.parts.attention import Heads
 from xtcli.parts.context import Ctx
 from xtcli.parts.kernels import fused, plain
+from xtcli.parts.linear import Linear
 from xtcli.parts.scores import Softcap, Softmax, WideSoftmax
 from xtcli.registry import part_of
 from xtcli.runs.run import gib
@@ -119,6 +121,8 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
 def _own(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The mixer over one x, the sum of what other kernels read apart."""
     model, mixer = mixer_of(case, shape, device, dtype)
+    if isinstance(mixer, Heads):
+        _bare(mixer)
     places = torch.arange(shape.seq, device=device)[None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,6 +133,14 @@ def _own(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         return y.unflatten(-1, (shape.heads, shape.width)).transpose(1, 2)  # type: ignore[no-any-return]
 
     return Kernel(attend)
+
+
+def _bare(mixer: Heads) -> None:
+    """Leave out the projections, as the other kernels have none either."""
+    for name, layer in list(mixer.named_children()):
+        square = isinstance(layer, Linear) and layer.in_features == layer.out_features
+        if square and name.split("_")[0] in ("q", "k", "v", "o"):
+            setattr(mixer, name, nn.Identity())
 
 
 def _needed(name: str, case: Case, shape: Shape, dtype: torch.dtype) -> int:

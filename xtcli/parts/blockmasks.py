@@ -35,6 +35,10 @@ KERNEL = ("cuda",)
 SIZE = 128
 """Queries and keys of a block."""
 
+TILES = {"BLOCK_M": 128, "BLOCK_N": 64}
+"""The kernel's tiles forward where it looks things up: its usual ones then leave their registers, and it takes up to
+sixteen times as long."""
+
 ROWS = 1024
 """Queries that are asked at once whether they see anything."""
 
@@ -47,11 +51,12 @@ Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Blocks:
-    """PyTorch's `BlockMask`, what is done to the scores of its pairs, and how the kernel is to be laid out."""
+    """PyTorch's `BlockMask`, what is done to the scores of its pairs, and whether either looks something up that is
+    stored of each token."""
 
     mask: BlockMask
     scores: Scores | None = None
-    options: dict[str, Any] | None = None
+    looks: bool = False
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
@@ -59,9 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Ten
     if q.device.type not in KERNEL:
         seen = dense(blocks, q.dtype, q.shape[0], q.shape[1]).mask
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-    if torch.is_autocast_enabled("cuda"):
-        # As PyTorch's own attention does under autocast.
-        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    q, k, v = narrowed(q, k, v)
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention as kernel
     else:
@@ -74,9 +77,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Ten
         block_mask=blocks.mask,
         scale=scale,
         enable_gqa=k.shape[1] != q.shape[1],
-        kernel_options=blocks.options,  # type: ignore[arg-type]
+        kernel_options=TILES if blocks.looks and q.shape[-1] <= 128 else None,  # type: ignore[arg-type]
     )
     return y
+
+
+def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As PyTorch's own attention reads them under autocast."""
+    kind = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
 
 
 @lru_cache(maxsize=1)
@@ -96,9 +105,9 @@ def dense(blocks: Blocks, dtype: torch.dtype, rows: int, heads: int) -> Visible:
     row = torch.arange(rows, device=device)[:, None, None, None]
     head = torch.arange(heads, device=device)[:, None, None]
     q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
-    seen = _unlisted(mask.kv_num_blocks, mask.kv_indices, size, length) & mask.mask_mod(row, head, q, k)
+    seen = unlisted(mask.kv_num_blocks, mask.kv_indices, size, length) & mask.mask_mod(row, head, q, k)
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        seen = seen | _unlisted(mask.full_kv_num_blocks, mask.full_kv_indices, size, length)
+        seen = seen | unlisted(mask.full_kv_num_blocks, mask.full_kv_indices, size, length)
     if blocks.scores is None:
         return Visible(seen)
     added = blocks.scores(torch.zeros((), dtype=dtype, device=device), row, head, q, k)
@@ -112,7 +121,7 @@ def of_rule(rule: Config, ctx: Ctx, rows: int) -> Blocks:
         return _of_rule_alone(rule, length, ctx.keys.device)
     keep, documents = (None if x is None else x.expand(rows, -1) for x in (ctx.keep, ctx.documents))
     alone = None if keep is None else lonely(rule, keep, documents)
-    return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone))
+    return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone), looks=True)
 
 
 @lru_cache(maxsize=64)
@@ -128,51 +137,50 @@ def _made(
     documents: Tensor | None,
     alone: Tensor | None,
 ) -> BlockMask:
-    inside = texts(keep, documents)
+    label = labels(keep, documents)
 
     def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = masks.allowed(rule, q, k) & inside(row, head, q, k)
+        seen = masks.allowed(rule, q, k)
+        if label is not None:
+            seen = seen & (label[0][row, q] == label[1][row, k])
         return seen if alone is None else seen | (alone[row, q] & (q == k))
 
     some, every = bounds(rule, length, device)
-    some, every = within(some, every, keep, documents, SIZE)
+    some, every = within(some, every, keep, documents)
     if alone is not None:
-        some = some | torch.diag_embed(by_block(alone, SIZE).any(-1))[:, None]
-    return listed(some, every, length, SIZE, pairs)
+        some = some | torch.diag_embed(by_block(alone).any(-1))[:, None]
+    return listed(some, every, length, pairs)
 
 
-def texts(keep: Tensor | None, documents: Tensor | None) -> Pairs:
-    """Real keys of the query's own document; both (B, T)."""
+def labels(keep: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Labels of queries and of keys, int32, equal where a key is real and of the query's document; all (B, T). None
+    where every key is seen."""
+    if keep is None and documents is None:
+        return None
+    # Documents are numbered from -1 on.
+    mine = torch.zeros_like(keep, dtype=torch.int32) if documents is None else (documents + 1).to(torch.int32)  # type: ignore[arg-type]
+    theirs = mine if keep is None else torch.where(keep, mine, -1)
+    return mine.contiguous(), theirs.contiguous()
 
-    def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = masks.allowed(masks.FULL, q, k)
-        if documents is not None:
-            seen = seen & (documents[row, q] == documents[row, k])
-        return seen if keep is None else seen & keep[row, k]
 
-    return pairs
-
-
-def bounds(rule: Config, length: int, device: torch.device, size: int = SIZE) -> tuple[Tensor, Tensor]:
+def bounds(rule: Config, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`some` and `every` of a rule alone, (1, 1, N, N)."""
-    first = torch.arange(0, length, size, device=device)
-    last = (first + size - 1).clamp(max=length - 1)
+    first = torch.arange(0, length, SIZE, device=device)
+    last = (first + SIZE - 1).clamp(max=length - 1)
     some, every = masks.bounds(rule, (first[:, None], last[:, None]), (first[None, :], last[None, :]))
     return some[None, None], every[None, None]
 
 
-def within(
-    some: Tensor, every: Tensor, keep: Tensor | None, documents: Tensor | None, size: int
-) -> tuple[Tensor, Tensor]:
+def within(some: Tensor, every: Tensor, keep: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """What is left of `some` and `every` (B|1, H|1, N, N) inside documents and of real keys (B, T)."""
     if documents is not None:
-        numbers = by_block(documents, size)  # the fill repeats the last place
+        numbers = by_block(documents)  # the fill repeats the last place
         low, high = numbers.amin(-1)[:, None], numbers.amax(-1)[:, None]
         some = some & (low[..., :, None] <= high[..., None, :]) & (low[..., None, :] <= high[..., :, None])
         one = (low == high)[..., :, None] & (low == high)[..., None, :]
         every = every & one & (low[..., :, None] == low[..., None, :])
     if keep is not None:
-        real = by_block(keep, size)
+        real = by_block(keep)
         some = some & real.any(-1)[:, None, None, :]
         every = every & real.all(-1)[:, None, None, :]
     return some, every
@@ -185,25 +193,27 @@ def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | Non
     if marked is None and keys is None and documents is None:
         return _of_rule_alone(rule, length, ctx.keys.device)
 
-    inside = texts(keys, documents)
+    label = labels(keys, documents)
 
     def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        near = masks.allowed(rule, q, k)
-        return (near if marked is None else near | marked[row, k]) & inside(row, head, q, k)
+        seen = masks.allowed(rule, q, k)
+        if marked is not None:
+            seen = seen | marked[row, k]
+        return seen if label is None else seen & (label[0][row, q] == label[1][row, k])
 
     some, every = bounds(rule, length, ctx.keys.device)
     if marked is not None:
-        known = by_block(marked, SIZE)
+        known = by_block(marked)
         some, every = some | known.any(-1)[:, None, None], every | known.all(-1)[:, None, None]
-    return Blocks(listed(*within(some, every, keys, documents, SIZE), length, SIZE, pairs))
+    return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True)
 
 
-def by_block(x: Tensor, size: int) -> Tensor:
-    """(B, T) -> (B, N, size); the last place fills up the last block."""
-    short = -x.shape[1] % size
+def by_block(x: Tensor) -> Tensor:
+    """(B, T) -> (B, N, SIZE); the last place fills up the last block."""
+    short = -x.shape[1] % SIZE
     if short:
         x = torch.cat((x, x[:, -1:].expand(-1, short)), 1)
-    return x.unflatten(1, (-1, size))  # type: ignore[no-any-return]
+    return x.unflatten(1, (-1, SIZE))  # type: ignore[no-any-return]
 
 
 def lonely(rule: Config, keep: Tensor, documents: Tensor | None) -> Tensor:
@@ -226,46 +236,38 @@ def lonely(rule: Config, keep: Tensor, documents: Tensor | None) -> Tensor:
     return torch.cat(found, 1)
 
 
-def listed(some: Tensor, every: Tensor | None, length: int, size: int, pairs: Pairs | None) -> BlockMask:
-    """The mask of blocks (B|1, H|1, N, N) of a text of `length` tokens; no `every` and no `pairs` where all
-    pairs of `some` are seen, or all blocks are to be asked."""
+def listed(some: Tensor, every: Tensor, length: int, pairs: Pairs) -> BlockMask:
+    """The mask of blocks (B|1, 1, N, N) of a text of `length` tokens."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    full: tuple[Tensor | None, Tensor | None] = (None, None)
-    if every is not None:
-        # The kernel looks for the end of the text in blocks that it asks pair by pair alone.
-        inside = torch.arange(every.shape[-1], device=every.device) < length // size
-        every = every & inside & inside[:, None]
-        some, full = some & ~every, _listed(every)
-    return BlockMask.from_kv_blocks(*_listed(some), *full, size, pairs, (length, length))
-
-
-def asking(mask: BlockMask, pairs: Pairs) -> BlockMask:
-    """The same blocks, asked pair by pair."""
-    from torch.nn.attention.flex_attention import BlockMask
-
+    # The kernel looks for the end of the text in blocks that it asks pair by pair alone.
+    inside = torch.arange(every.shape[-1], device=every.device) < length // SIZE
+    every = every & inside & inside[:, None]
+    asked = some & ~every
+    (count, index), (full_count, full_index) = ordered(asked), ordered(every)
+    (q_count, q_index), (full_q_count, full_q_index) = (ordered(x.transpose(-1, -2)) for x in (asked, every))
     return BlockMask(
-        seq_lengths=mask.seq_lengths,
-        kv_num_blocks=mask.kv_num_blocks,
-        kv_indices=mask.kv_indices,
-        full_kv_num_blocks=None,
-        full_kv_indices=None,
-        q_num_blocks=mask.q_num_blocks,
-        q_indices=mask.q_indices,
-        full_q_num_blocks=None,
-        full_q_indices=None,
-        BLOCK_SIZE=mask.BLOCK_SIZE,
+        seq_lengths=(length, length),
+        kv_num_blocks=count,
+        kv_indices=index,
+        full_kv_num_blocks=full_count,
+        full_kv_indices=full_index,
+        q_num_blocks=q_count,
+        q_indices=q_index,
+        full_q_num_blocks=full_q_count,
+        full_q_indices=full_q_index,
+        BLOCK_SIZE=(SIZE, SIZE),
         mask_mod=pairs,
     )
 
 
-def _listed(shown: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(shown: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries sees, and their numbers before all others."""
     order = shown.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return shown.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
-def _unlisted(count: Tensor, order: Tensor, size: int, length: int) -> Tensor:
+def unlisted(count: Tensor, order: Tensor, size: int, length: int) -> Tensor:
     """The inverse, for every pair: (B, H, T, T)."""
     listed_first = torch.arange(order.shape[-1], device=order.device) < count[..., None]
     shown = torch.zeros_like(listed_first).scatter(-1, order.long(), listed_first)

@@ -15,38 +15,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xtcli.fast import runs_on
 from xtcli.parts import masks, routes
 from xtcli.parts.attention import Attention, Heads
 from xtcli.parts.bands import additive, beside, blocks, by_blocks, in_slabs
-from xtcli.parts.blockmasks import Blocks, Scores, asking, listed, texts
+from xtcli.parts.blocklists import Listed, draws, lists
+from xtcli.parts.blockmasks import labels
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused
 from xtcli.parts.local import refuse_in_decoder
 from xtcli.parts.masks import keys_only, render
 from xtcli.parts.scope import Impossible, Scope
 from xtcli.registry import field, part
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-
-@lru_cache(maxsize=256)
-def draws(layer: int, groups: int, count: int, number: int) -> Tensor:
-    """Blocks (groups, count - 2, number) for the rows 1 to count - 2, none of which a row sees anyway."""
-    random = np.random.default_rng((layer, count))
-    found = np.empty((groups, count - 2, number), dtype=np.int64)
-    for group in range(groups):
-        for row in range(1, count - 1):
-            others = [block for block in range(1, count - 1) if abs(block - row) > 1]
-            found[group, row - 1] = random.permutation(others)[:number]
-    return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,7 @@ class Blocked:
     0 stands for them. `whole` is all that for the kernel itself, for each layer, and then nothing else is there."""
 
     full: Visible | None = None
-    whole: tuple[Blocks, ...] = ()
+    whole: tuple[Listed, ...] = ()
     seen: Tensor | None = None
     ends: Visible | None = None
     real: Tensor | None = None
@@ -71,7 +56,8 @@ class BlockLayout(nn.Module):
     def __init__(self, size: int, random: int, heads: int, groups: int, always: bool, free: bool) -> None:
         super().__init__()
         self.size, self.random, self.heads, self.groups, self.always = size, random, heads, groups, always
-        self.free = free and size in TILES
+        # Sizes that a tile of the kernel can have.
+        self.free = free and size in (16, 32, 64, 128)
         self.layers: list[int] = []
 
     def join(self, layer: int) -> int:
@@ -85,7 +71,7 @@ class BlockLayout(nn.Module):
         if length <= (5 + 2 * self.random) * size:
             return Blocked(full=render(masks.FULL, ctx, length, None, dense=False))
         count = -(-length // size)
-        if self.free and routes.suits(x):
+        if self.free and routes.suits(x) and runs_on(x.device):
             return Blocked(whole=tuple(self.whole(layer, x, ctx) for layer in self.layers))
         real = torch.ones(1, length, dtype=torch.bool, device=x.device) if ctx.keep is None else ctx.keep
         real = blocks(real[:, None, :, None].float(), size)[:, 0, :, :, 0].bool()
@@ -103,16 +89,16 @@ class BlockLayout(nn.Module):
             seen = additive(seen, x.dtype) + often
         return Blocked(None, (), seen, self.at_ends(real, documents), real, documents, drawn)
 
-    def whole(self, layer: int, x: Tensor, ctx: Ctx) -> Blocks:
+    def whole(self, layer: int, x: Tensor, ctx: Ctx) -> Listed:
         """What a layer's heads see, for the kernel; padding sees what it may, for its output is not used."""
+        from xtcli.fast.blocks import attend
+
         drawn = self.random > 0 and (self.training or self.always)
-        length, often = x.shape[1], 0.0 if drawn else math.log(1 + self.random)
+        count = -(-x.shape[1] // self.size)
+        found = lists(layer if drawn else None, self.heads, self.groups, count, self.random, x.device)
+        often = 0.0 if drawn else math.log(1 + self.random)
         keep, documents = (None if y is None else y.expand(x.shape[0], -1) for y in (ctx.keep, ctx.documents))
-        mask = lists(layer if drawn else None, self.heads, self.groups, self.random, length, self.size, ctx.keys.device)
-        if keep is not None or documents is not None:
-            mask = asking(mask, texts(keep, documents))
-        last = (length - 1) // self.size * self.size
-        return Blocks(mask, first_counts_more(often, self.size, last) if often else None, TILES[self.size])
+        return Listed(found, self.size, labels(keep, documents), often, attend)
 
     def between(self, real: Tensor, documents: Tensor | None) -> Tensor:
         """What the rows 1 to N - 2 see of blocks 0, i - 1, i, i + 1 and the last. A block in twice counts once."""
@@ -134,44 +120,6 @@ class BlockLayout(nn.Module):
         own = documents[:, [0, -1]].flatten(1)[:, None, :, None]
         seen = (own == documents.flatten(1)[:, None, None, :]) & real.flatten(1)[:, None, None, :]
         return Visible(seen | ~seen.any(-1, keepdim=True))
-
-
-TILES: dict[int, dict[str, int]] = {
-    64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64},
-    128: {},
-}
-"""Sizes of blocks that FlexAttention's kernel takes as they are, and its tiles for them."""
-
-
-def shown(layer: int | None, heads: int, groups: int, count: int, random: int) -> Tensor:
-    """Which blocks see which, (1, H|1, N, N); random ones for a layer, none without."""
-    place = torch.arange(count)
-    seen = (place[:, None] - place).abs() <= 1
-    seen[[0, -1]] = True
-    seen[:, [0, -1]] = True
-    if layer is None:
-        return seen[None, None]
-    each = seen.repeat(groups, 1, 1)
-    each[:, 1:-1].scatter_(2, draws(layer, groups, count, random), True)
-    return each.repeat_interleave(heads // groups, 0)[None]
-
-
-@lru_cache(maxsize=64)
-def lists(
-    layer: int | None, heads: int, groups: int, random: int, length: int, size: int, device: torch.device
-) -> BlockMask:
-    """`shown` as the kernel reads it. Blocks are not asked whether all of their keys are real, so that texts of one
-    length share it, whatever their padding."""
-    return listed(shown(layer, heads, groups, -(-length // size), random).to(device), None, length, size, None)
-
-
-def first_counts_more(often: float, size: int, last: int) -> Scores:
-    """Scores of the first block of keys with `often` added, but for the first block of queries and from `last`."""
-
-    def scores(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return torch.where((k < size) & (q >= size) & (q < last), score + often, score)
-
-    return scores
 
 
 def five(x: Tensor) -> Tensor:
@@ -241,10 +189,7 @@ class BlockSparse(Attention):
         if found.full is not None:
             y = self.kernel(q, k, v, found.full)
         else:
-            if found.whole:
-                y = self.kernel(q, k, v, Visible(blocks=found.whole[self.number]))
-            else:
-                y = self.sparse(q, k, v, found)
+            y = found.whole[self.number].attend(q, k, v, self.scale) if found.whole else self.sparse(q, k, v, found)
             if ctx.keep is not None:
                 y = y * ctx.keep[:, None, :, None]
         y = y.transpose(1, 2).flatten(-2)

@@ -146,8 +146,11 @@ class Shared(nn.Module):
     def by_blocks(self, view: View, ctx: Ctx, rows: int) -> Visible:
         """A view of `rows` texts as a mask by blocks."""
         check_length(view.rule, ctx)
-        scores = None if view.bias is None else self.biases[view.bias].by_pair(ctx, rows)  # type: ignore[operator]
-        return Visible(blocks=replace(blockmasks.of_rule(view.rule, ctx, rows), scores=scores))
+        blocks = blockmasks.of_rule(view.rule, ctx, rows)
+        if view.bias is not None:
+            scores = self.biases[view.bias].by_pair(ctx, rows)  # type: ignore[operator]
+            blocks = replace(blocks, scores=scores, looks=True)
+        return Visible(blocks=blocks)
 
 
 def _reads_width(config: Config) -> bool:
