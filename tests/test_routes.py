@@ -282,3 +282,13 @@ def test_only_training_on_a_gpu_asks_for_blocks() -> None:
     assert not routes.suits(long)
     gpu = torch.zeros(1, routes.LEAST, 8, dtype=torch.bfloat16, device="meta")
     assert not routes.suits(gpu)
+
+
+def test_what_a_recorded_pass_reads_is_never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(blockmasks, "_read", [])
+    kept: list[Any] = blockmasks._read
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        found = blockmasks.of_rule(window(77), texts(384, "none", False), 1)
+        assert kept == ([found] if recording else [])

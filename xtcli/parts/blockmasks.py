@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KERNEL = ("cuda",)
 """Devices that have the kernel."""
+
+T = TypeVar("T")
 
 SIZE = 128
 """Queries and keys of a block."""
@@ -118,10 +120,20 @@ def of_rule(rule: Config, ctx: Ctx, rows: int) -> Blocks:
     """The mask of a rule over the texts of a call, their padding and documents: what `masks.render` stores."""
     length = ctx.keys.shape[1]
     if ctx.keep is None and ctx.documents is None:
-        return _of_rule_alone(rule, length, ctx.keys.device)
+        return lasting(_of_rule_alone(rule, length, ctx.keys.device))
     keep, documents = (None if x is None else x.expand(rows, -1) for x in (ctx.keep, ctx.documents))
     alone = None if keep is None else lonely(rule, keep, documents)
     return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone), looks=True)
+
+
+_read: list[Any] = []
+
+
+def lasting(found: T) -> T:
+    """What was taken from a cache; for good, where a CUDA graph is being recorded, which will go on reading it."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _read.append(found)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -191,7 +203,7 @@ def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | Non
     length, documents = ctx.keys.shape[1], ctx.documents
     rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
     if marked is None and keys is None and documents is None:
-        return _of_rule_alone(rule, length, ctx.keys.device)
+        return lasting(_of_rule_alone(rule, length, ctx.keys.device))
 
     label = labels(keys, documents)
 

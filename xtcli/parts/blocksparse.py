@@ -25,7 +25,7 @@ from xtcli.parts import masks, routes
 from xtcli.parts.attention import Attention, Heads
 from xtcli.parts.bands import additive, beside, blocks, by_blocks, in_slabs
 from xtcli.parts.blocklists import Listed, draws, lists
-from xtcli.parts.blockmasks import labels
+from xtcli.parts.blockmasks import labels, lasting
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused
 from xtcli.parts.local import refuse_in_decoder
@@ -98,7 +98,7 @@ class BlockLayout(nn.Module):
         found = lists(layer if drawn else None, self.heads, self.groups, count, self.random, x.device)
         often = 0.0 if drawn else math.log(1 + self.random)
         keep, documents = (None if y is None else y.expand(x.shape[0], -1) for y in (ctx.keep, ctx.documents))
-        return Listed(found, self.size, labels(keep, documents), often, attend)
+        return Listed(lasting(found), self.size, labels(keep, documents), often, attend)
 
     def between(self, real: Tensor, documents: Tensor | None) -> Tensor:
         """What the rows 1 to N - 2 see of blocks 0, i - 1, i, i + 1 and the last. A block in twice counts once."""

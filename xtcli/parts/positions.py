@@ -137,6 +137,18 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2 ** (-4 / power * (2 * i + 1)) for i in range(heads - power)]
 
 
+def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants on a device. A GPU gets them once: it need not wait for the host, and a recorded pass that copied them
+    would read memory that the host has given to something else."""
+    return _kept(values, device) if device.type == "cuda" else torch.tensor(values).to(device)
+
+
+@functools.cache
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values).to(device)
+
+
 @part("position", "alibi")
 class Alibi(Bias):
     """slope x (key place - query place); no parameters.
@@ -167,8 +179,7 @@ class Alibi(Bias):
     def scores(self, ctx: Ctx, queries: int) -> Tensor:
         """(B|1, H, T, S); symmetric in an encoder."""
         keys, places = self.places(ctx, queries)
-        # From the host without waiting for the device.
-        slopes = torch.tensor(self.slopes).to(keys.device, non_blocking=True)[None, :, None, None]
+        slopes = numbers(tuple(self.slopes), keys.device)[None, :, None, None]
         if self.rounded:
             bias = slopes.bfloat16() * keys[:, None, None, :]
             return (bias.float() * self.factor).expand(-1, -1, queries, -1)
@@ -189,7 +200,7 @@ class Alibi(Bias):
     def by_pair(self, ctx: Ctx, rows: int) -> Scores:
         """`scores` of one pair, for a text that is read at once."""
         keys, places = (x.expand(rows, -1) for x in self.places(ctx, ctx.keys.shape[1]))
-        slopes = (torch.tensor(self.slopes) * self.factor).to(keys.device, non_blocking=True)
+        slopes = numbers(tuple(self.slopes), keys.device) * self.factor
         both_sides = self.both_sides
 
         def scores(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
