@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xtcli.fast.plan import Layer, Norm, Plan
+from xtcli.fast.plan import Layer, Norm, Plan, Unplanned
 from xtcli.parts.context import KeyValues, ModelState, Newest
 
 SPLITS = 4
@@ -185,13 +185,18 @@ class OnGpu:
 
 
 def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`run` as a graph of launches on a GPU, which it may not wait for; it is run once before."""
+    """`run` as a graph of launches on a GPU, which it may not wait for; it is run once before. Raises Unplanned."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Unplanned(f"a step cannot be recorded ({str(error).splitlines()[0]})") from None
     return graph.replay

@@ -23,7 +23,9 @@ from xtcli.fast.plan import Unplanned, plan
 from xtcli.generate.feed import Feed
 from xtcli.generate.pen import BROKEN, Pen, pick
 from xtcli.generate.rules import Rules
+from xtcli.generate.static import MEMORY, Static
 from xtcli.parts.graphs import Graph
+from xtcli.parts.seq2seq import EncoderDecoder
 
 DEPTH = 3
 """Steps that are asked for before the host reads the first of them, where they run beside it; none elsewhere."""
@@ -44,10 +46,15 @@ class Choosing:
 
 @dataclass
 class Made:
-    """A step that is kept, and what it was made from: where its weights lie and how often they were changed."""
+    """A step that is kept, and what it was made from: where its weights lie and how often they were changed.
+
+    memory: slots of the encoder's memory; pads: whether rows may have padding in front.
+    """
 
     step: Step
     weights: tuple[tuple[int, int], ...]
+    memory: int | None = None
+    pads: bool = True
     choosing: dict[Any, Choosing] = field(default_factory=dict)
 
 
@@ -77,12 +84,13 @@ def pen_for(feed: Feed, rules: Rules, logits: Tensor, numbers: Tensor | None, bu
     if not feed.eager and most >= FEWEST:
         try:
             made = _made(feed, most, rules)
+            pen = None if made is None else Ahead(feed, rules, logits, numbers, budgets, made)
         except Unplanned as reason:
             # Elsewhere nothing is recorded, and the parts of the model do the same with more overhead.
             feed.slow = str(reason) if feed.model.device.type == "cuda" else None
         else:
-            if made is not None:
-                return Ahead(feed, rules, logits, numbers, budgets, made)
+            if pen is not None:
+                return pen
     return Pen(feed, rules, logits, numbers)
 
 
@@ -100,23 +108,39 @@ def _made(feed: Feed, most: int, rules: Rules) -> Made | None:
         raise Unplanned("the model looks for the next token by a stream of its own")
     if feed.state is None or (feed.steady is not None and feed.longest + most > feed.steady):
         raise Unplanned("earlier tokens change when others follow")
-    if feed.memory is not None:
-        raise Unplanned("the model reads an encoder's memory")
     if torch.is_autocast_enabled(model.device.type):
         raise Unplanned("autocast is in force")
     if any(parameter.dtype != model.dtype for parameter in model.parameters()):
         raise Unplanned("weights are of several types")
+    memory = None if feed.memory is None else -(-feed.memory.shape[1] // MEMORY) * MEMORY
+    pads, weights = feed.pads is not None, _weights(model)
     kept = _kept.setdefault(model, [])
     for made in kept:
-        if made.step.rows == rows and end <= made.step.capacity <= 4 * bucket(end) and made.weights == _weights(model):
+        serves = made.step.rows == rows and made.memory == memory and (made.pads or not pads)
+        if serves and end <= made.step.capacity <= 4 * bucket(end) and made.weights == weights:
             kept.sort(key=lambda one: one is made)
             return made
     del kept[: max(0, len(kept) - KEPT + 1)]
-    capacity = bucket(end)
-    step = plan(model, capacity)
-    made_anew = kernels(step, rows, capacity) if isinstance(kernels, type) else Planned(step, rows, capacity, kernels)
-    kept.append(Made(made_anew, _weights(model)))
+    tower: Any = model.decoder if isinstance(model, EncoderDecoder) else model
+    capacity = bucket(end) if tower.limit is None else min(bucket(end), tower.limit)
+    step = _step(model, rows, capacity, kernels, memory, pads)
+    kept.append(Made(step, weights, memory, pads or not isinstance(step, Static)))
     return kept[-1]
+
+
+def _step(
+    model: Graph, rows: int, capacity: int, kernels: Kernels | type[Lean], memory: int | None, pads: bool
+) -> Step:
+    """The step of few launches where a plan can be made, else that of the model's own parts."""
+    try:
+        planned = plan(model, capacity)
+        return (
+            kernels(planned, rows, capacity) if isinstance(kernels, type) else Planned(planned, rows, capacity, kernels)
+        )
+    except Unplanned:
+        if isinstance(kernels, type):
+            raise
+    return Static(model, rows, capacity, kernels, memory, pads)
 
 
 def bucket(slots: int) -> int:
@@ -187,6 +211,9 @@ class Ahead(Pen):
             self.made, self.choosing = made, _choosing(made, self.rules)
         step = self.made.step
         step.begin(feed.state, self.chosen, feed.width, feed.pads)
+        if feed.memory is not None:
+            assert isinstance(step, Static), "only the model's own parts read a memory"
+            step.remember(feed.memory, feed.memory_mask)
         if self.choosing.numbers is not None:
             assert self.numbers is not None, "draws need random numbers"
             count = self.numbers.shape[1]

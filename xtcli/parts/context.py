@@ -165,6 +165,19 @@ class Newest(KeyValues):
 
 
 @dataclass
+class Slots(KeyValues):
+    """A cache for steps of one token that are the same operations each time: the slot is said by a tensor, at (1,)."""
+
+    at: Tensor
+
+    def append(self, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Write one new key and value into the slot; return all slots, those that are not in use too."""
+        self.k.index_copy_(2, self.at, k)
+        self.v.index_copy_(2, self.at, v)
+        return self.k, self.v
+
+
+@dataclass
 class MemoryKeyValues:
     """Keys and values of the encoder memory, made at the first step and kept."""
 
