@@ -171,3 +171,20 @@ def test_what_is_no_result_is_refused(tmp_path, text: str) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match=r"r\.json"):
         results.read(tmp_path / "r.json")
+
+
+def timed(case: str, kernel: str, ms: float) -> dict[str, object]:
+    return {"case": case, "kernel": kernel, "seq": 64, "forward": {"median_ms": ms}, "backward": {"median_ms": 2 * ms}}
+
+
+def test_ours_is_set_beside_the_fastest_other_kernel_and_few_keys_beside_all() -> None:
+    rows = [timed("causal", "xt", 2.2), timed("causal", "cudnn", 2.0), timed("causal", "flash", 3.0)]
+    rows += [timed("window", "xt", 0.5), timed("block-sparse", "own", 0.4), timed("full", "xt", 4.0)]
+    rows.append({"case": "causal", "kernel": "flex", "seq": 64, "skipped": "needs an NVIDIA GPU"})
+    (found,) = attention.behind(rows)
+    assert found == {"case": "causal", "seq": 64, "best": "cudnn", "times_best": pytest.approx(1.1)}
+    names = ("causal", "full", "window", "block-sparse", "local")
+    sparse = {case.name: case.dense for case in cases.all_cases() if case.name in names and case.dense is not None}
+    assert sparse == {"window": "causal", "block-sparse": "full", "local": "full"}
+    gained = {each["case"]: (each["kernel"], each["times_faster"]) for each in attention.gains(rows, sparse)}
+    assert gained == {"window": ("cudnn", pytest.approx(4.0)), "block-sparse": ("xt", pytest.approx(10.0))}

@@ -149,6 +149,7 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
             "cases": {case.name: case.facts() for case in wanted},
             "growth": growth(rows),
             "behind": behind(rows),
+            "gains": gains(rows, {case.name: case.dense for case in wanted if case.dense is not None}),
             "seconds": time.perf_counter() - began,
             "rows": rows,
         },
@@ -310,6 +311,21 @@ def behind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             best = min(others, key=total_ms)
             over = total_ms(ours) / total_ms(best)
             found.append({"case": ours["case"], "seq": ours["seq"], "best": best["kernel"], "times_best": over})
+    return found
+
+
+def gains(rows: Sequence[Mapping[str, Any]], sparse: Mapping[str, str]) -> list[dict[str, Any]]:
+    """How many times faster than the fastest dense attention ours is where few keys are seen. `sparse`: each such case
+    and its dense one."""
+    found = []
+    measured = list(ran(rows))
+    for ours in (row for row in measured if row["kernel"] in ("xt", "own") and row["case"] in sparse):
+        dense = [r for r in measured if (r["case"], r["seq"]) == (sparse[ours["case"]], ours["seq"])]
+        if dense:
+            best = min(dense, key=total_ms)
+            times = total_ms(best) / total_ms(ours)
+            place = {"case": ours["case"], "seq": ours["seq"]}
+            found.append(place | {"dense": best["case"], "kernel": best["kernel"], "times_faster": times})
     return found
 
 

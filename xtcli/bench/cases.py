@@ -25,6 +25,7 @@ from torch import Tensor
 from xtcli.errors import did_you_mean, refuse
 from xtcli.model import construct
 from xtcli.parts import blockmasks, masks, routes
+from xtcli.parts.attention import Heads
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.graphs import Graph
 from xtcli.parts.norms import LayerNorm
@@ -76,6 +77,15 @@ class Case:
             return {"mixer": tree(self.mixer)}
         position = None if self.position is None else tree(self.position)
         return {"mask": tree(self.rule), "score": tree(self.score), "position": position}
+
+    @property
+    def dense(self) -> str | None:
+        """The case that sees what this one sees and all between; None where this is one, or no attention."""
+        if self.mixer is not None:
+            return masks.FULL.kind if issubclass(part_of(self.mixer), Heads) else None
+        if self.subject != "mask" or self.rule.kind in (masks.FULL.kind, masks.CAUSAL.kind):
+            return None
+        return masks.FULL.kind if masks.ahead(self.rule) else masks.CAUSAL.kind
 
     @property
     def power(self) -> int:

@@ -43,7 +43,8 @@ def attention_tables(found: Mapping[str, Any]) -> list[Table]:
     for row in found["rows"]:
         if "skipped" in row:
             continue
-        cells = [row["case"], row["kernel"], f"{row['seq']:,}"]
+        route = row.get("route")
+        cells = [row["case"], row["kernel"] + (f" ({route})" if route else ""), f"{row['seq']:,}"]
         for side in sides:
             times = row[side]
             cells += [spread(times), f"{times['tflop_per_s']:.3g}", percent(times["share_of_matmul"])]
@@ -51,7 +52,7 @@ def attention_tables(found: Mapping[str, Any]) -> list[Table]:
         off = row.get("difference")
         cells.append("-" if off is None else f"{off:.1e}" + (" WRONG" if row["wrong"] else ""))
         rows.append(cells)
-    made = [Table(title, columns, rows)]
+    made = [Table(title, columns, rows), *_beside(found)]
     if found["growth"]:
         slopes = [
             (name, f"{slopes['time']:.2f}", f"{slopes['memory']:.2f}" if "memory" in slopes else "n/a")
@@ -64,6 +65,21 @@ def attention_tables(found: Mapping[str, Any]) -> list[Table]:
         notes.append(f"{units.plural(few, 'time')} of fewer than 20 steady repeats: the JSON says which (note).")
     made[-1].notes = notes
     return [*made, *_skipped(found["rows"])]
+
+
+def _beside(found: Mapping[str, Any]) -> list[Table]:
+    """Ours beside the fastest other kernel, and few keys beside all; result files of old have neither."""
+    behind = [
+        (each["case"], f"{each['seq']:,}", each["best"], f"{each['times_best']:.3f}")
+        for each in found.get("behind", ())
+    ]
+    gains = [
+        (each["case"], f"{each['seq']:,}", f"{each['dense']}, {each['kernel']}", f"{each['times_faster']:.2f}")
+        for each in found.get("gains", ())
+    ]
+    first = ("xt's choice", "tokens", "fastest other", "time / its time")
+    second = ("few keys", "tokens", "fastest on all keys", "times faster")
+    return [Table("", names, lines) for names, lines in ((first, behind), (second, gains)) if lines]
 
 
 def _skipped(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
