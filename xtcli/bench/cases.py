@@ -276,7 +276,8 @@ def routed(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -
         return visible(case, shape, device, dtype)
     blocks = blockmasks.of_rule(case.rule, ctx, shape.batch)
     if bias is not None:
-        blocks = replace(blocks, scores=bias.by_pair(ctx, shape.batch), looks=True)
+        scores, looks = bias.by_pair(ctx, shape.batch)
+        blocks = replace(blocks, scores=scores, looks=looks)
     return Visible(blocks=blocks)
 
 

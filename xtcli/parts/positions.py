@@ -69,7 +69,8 @@ class Bias(nn.Module):
     """Something added to the scores, one for the stack: `scores(ctx, queries)` gives (B|1, H, T, S).
 
     share: see above. slides: depends on the distance of slots alone. reads_width: is made for heads of one width.
-    pairwise: `by_pair(ctx, rows)` gives what a kernel does to the score of one pair (`blockmasks.Scores`).
+    pairwise: `by_pair(ctx, rows)` gives what a kernel does to the score of one pair (`blockmasks.Scores`), and whether
+    it looks up what is stored of each token.
     """
 
     reach = "bias"
@@ -197,17 +198,18 @@ class Alibi(Bias):
             places = keys[:, ctx.offset : end]
         return keys, places
 
-    def by_pair(self, ctx: Ctx, rows: int) -> Scores:
-        """`scores` of one pair, for a text that is read at once."""
+    def by_pair(self, ctx: Ctx, rows: int) -> tuple[Scores, bool]:
+        """`scores` of one pair, for a text that is read at once, and whether places are looked up."""
+        looks = ctx.placed or ctx.behind > 0 or ctx.keep is not None or ctx.documents is not None
         keys, places = (x.expand(rows, -1) for x in self.places(ctx, ctx.keys.shape[1]))
         slopes = numbers(tuple(self.slopes), keys.device) * self.factor
         both_sides = self.both_sides
 
         def scores(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            distance = keys[row, k] - places[row, q]
+            distance = keys[row, k] - places[row, q] if looks else k - q
             return score + slopes[head] * (-distance.abs() if both_sides else distance)
 
-        return scores
+        return scores, looks
 
 
 @part("position", "distance-mlp")

@@ -148,8 +148,8 @@ class Shared(nn.Module):
         check_length(view.rule, ctx)
         blocks = blockmasks.of_rule(view.rule, ctx, rows)
         if view.bias is not None:
-            scores = self.biases[view.bias].by_pair(ctx, rows)  # type: ignore[operator]
-            blocks = replace(blocks, scores=scores, looks=True)
+            scores, looks = self.biases[view.bias].by_pair(ctx, rows)  # type: ignore[operator]
+            blocks = replace(blocks, scores=scores, looks=looks or blocks.looks)
         return Visible(blocks=blocks)
 
 
