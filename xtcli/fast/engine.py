@@ -23,11 +23,6 @@ SPLITS = 4
 """Shares of the inputs that products into the stream are made of, for several rows."""
 
 
-REACH = (0, 0, 0, 0)
-"""Bytes of the weights that are wanted next, called into the cache by the products of q, k and v, of the attention's
-output, of the feed-forward's first matrices and of its last; for one row."""
-
-
 class Kernels(Protocol):
     """The operations of a step."""
 
@@ -71,7 +66,7 @@ class Planned(Step):
     def __init__(self, plan: Plan, rows: int, capacity: int, kernels: Kernels) -> None:
         table = plan.table
         super().__init__(rows, capacity, table.device)
-        self.plan, self.kernels, self.reach = plan, kernels, REACH
+        self.plan, self.kernels = plan, kernels
 
         def blank(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
             return torch.zeros(shape, device=table.device, dtype=dtype)
@@ -119,23 +114,12 @@ class Planned(Step):
         """A layer for one row, whose norms are part of the products."""
         do, heads = self.kernels, layer.heads
         asked, mixed, inner = self._buffers(layer)
-        up = tuple(part.weight for part in layer.up)
-        after = self.plan.layers[number + 1].qkv[0] if number + 1 < len(self.plan.layers) else self.plan.head
-        reach = self.reach
-        do.product(self.stream, layer.norm, layer.qkv, asked, ahead=(layer.out.weight,), reach=reach[0])
+        do.product(self.stream, layer.norm, layer.qkv, asked)
         do.attend(asked, heads, self.keys[number], self.values[number], self.slots, self.pads, mixed)
-        do.product(
-            mixed, None, (layer.out,), self.middle, stream=self.stream, weight=layer.weight, ahead=up, reach=reach[1]
-        )
-        read, paired = self.stream if layer.parallel else self.middle, len(layer.up) == 2
-        do.product(
-            read, layer.ffn_norm, layer.up, inner, paired=paired, act=layer.act,
-            ahead=(layer.down.weight,), reach=reach[2],
-        )  # fmt: skip
-        do.product(
-            inner, None, (layer.down,), self.stream, stream=self.middle, weight=layer.ffn_weight,
-            ahead=(after.weight,), reach=reach[3],
-        )  # fmt: skip
+        do.product(mixed, None, (layer.out,), self.middle, stream=self.stream, weight=layer.weight)
+        read = self.stream if layer.parallel else self.middle
+        do.product(read, layer.ffn_norm, layer.up, inner, paired=len(layer.up) == 2, act=layer.act)
+        do.product(inner, None, (layer.down,), self.stream, stream=self.middle, weight=layer.ffn_weight)
 
     def _several(self, number: int, layer: Layer, norm: Norm | None) -> None:
         """A layer for several rows, which finds its input normed and leaves that of the next so."""
@@ -188,11 +172,11 @@ def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None
     """`run` as a graph of launches on a GPU, which it may not wait for; it is run once before. Raises Unplanned."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
     except torch.OutOfMemoryError:

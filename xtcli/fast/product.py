@@ -9,7 +9,7 @@ Several rows go through the tensor cores: there a norm is a launch of its own (`
 inputs of a matrix are split among programs, into which the residual and the next norm go.
 
 Weights are asked for before a launch waits for the one that makes x, where the device can start a launch early (`PDL`:
-programmatic dependent launch, from compute capability 9.0 on); those of later launches are called into the cache.
+programmatic dependent launch, from compute capability 9.0 on).
 """
 
 from __future__ import annotations
@@ -40,26 +40,6 @@ def late(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the launch before, whose results are read from here on."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def called(ahead, size, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Call `size` bytes of memory into the cache, each program its share; nothing waits for them."""
-    if PDL:
-        share = tl.cdiv(tl.cdiv(size, tl.num_programs(0)), 2048) * 2048
-        lane = tl.arange(0, 128)
-        for start in range(0, share, 128 * 2048):
-            place = tl.program_id(0) * share + start + lane * 2048
-            mine = (start + lane * 2048 < share) & (place < size)
-            length = tl.where(mine, tl.minimum(size - place, 2048), 0)
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-                "=r,l,r",
-                [ahead.to(tl.int64) + place, length],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit
@@ -138,7 +118,6 @@ def _pick(block, p0, p1, p2, n0, n1, PARTS: tl.constexpr, BN: tl.constexpr):  # 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
     x, gain, shift, w0, w1, w2, b0, b1, b2, s0, s1, s2, stream, y, n0, n1, n2, width, eps, offset, weight, cap,
-    next0, next1, size,
     NORM: tl.constexpr, PARTS: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, WEIGHED: tl.constexpr,
     CAPPED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
     ROUND: tl.constexpr, PDL: tl.constexpr,
@@ -155,10 +134,6 @@ def _row(  # type: ignore[no-untyped-def]
     tile = tl.load(w + at, mask=seen, other=0.0, eviction_policy="evict_first")
     if PAIRED:
         other = tl.load(w1 + at, mask=seen, other=0.0, eviction_policy="evict_first")
-    if next0 is not None:
-        called(next0, size, PDL)
-        if next1 is not None:
-            called(next1, size, PDL)
     late(PDL)
     inside = k < width
     whole = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
@@ -283,16 +258,19 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 class Shape:
     """How a product is cut: outputs and inputs of a program, its warps. Measured on an H100; see docs/log.md."""
 
-    def __init__(self, rows: int, width: int, outputs: int, paired: bool) -> None:
+    def __init__(self, rows: int, width: int, paired: bool, bytes: int) -> None:
+        """`bytes` of a value of x."""
         if rows == 1:
             self.piece = min(triton.next_power_of_2(width), WIDEST)
             self.warps = 8 if self.piece > 2048 or paired else 4
             self.outputs = max(1, (16384 if self.piece > 2048 else 4096 if paired else 8192) // self.piece)
-            self.stages = self.splits = 1
+            self.stages = 1
             return
-        self.piece = 128 if width >= 128 else max(triton.next_power_of_2(width), 16)
-        self.outputs = 64 if outputs >= 8192 else 32
-        self.warps, self.stages, self.splits = 4, 4, 1
+        self.piece = min(64 if paired else 128, max(triton.next_power_of_2(width), 16))
+        self.outputs = 64 if width >= 1024 else 32
+        # Pieces that are under way must fit into the memory of a multiprocessor.
+        self.stages = 2 if bytes > 2 else 5 if paired else 4
+        self.warps = 4
 
 
 def given(parts: tuple[Matrix, ...]) -> tuple[list[Any], list[int]]:
@@ -320,31 +298,25 @@ def product(
     stream: Tensor | None = None,
     weight: float = 1.0,
     cap: float | None = None,
-    ahead: tuple[Tensor, ...] = (),
-    reach: int = 0,
     pdl: bool = False,
     shape: Shape | None = None,
 ) -> None:
-    """One row x (1, K) times `parts` (N_i, K), into out (1, N); as in `twins.product`.
-
-    ahead: up to two weights of one size that are wanted soon; the first `reach` bytes of each are called.
-    """
+    """One row x (1, K) times `parts` (N_i, K), into out (1, N); as in `twins.product`."""
     width = x.shape[1]
     if norm is not None and width > WIDEST:
         raise ValueError(f"a norm over {width} is wider than the {WIDEST} that a program holds")
     if x.shape[0] != 1 or not x.is_contiguous() or not out.is_contiguous():
         raise ValueError("one row is multiplied, which must lie in one piece")
     matrices, sizes = given(parts)
-    cut = shape or Shape(1, width, sum(sizes), paired)
+    cut = shape or Shape(1, width, paired, x.element_size())
     single = paired or len(parts) == 1
     blocks = sum(triton.cdiv(size, cut.outputs) for size in (sizes[:1] if single else sizes))
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
     # A launch option that only compilers for GPUs of one maker know is given where it is used alone.
     launch = {"launch_pdl": True} if pdl else {}
-    next0, next1 = (*ahead, None, None)[:2] if reach else (None, None)
     _row[(blocks,)](
         x, None if norm is None else norm.gain, None if norm is None else norm.shift, *matrices, stream, out, *sizes,
-        width, eps, offset, weight, cap or 0.0, next0, next1, 0 if next0 is None else min(reach, next0.nbytes),
+        width, eps, offset, weight, cap or 0.0,
         0 if norm is None else NORMS[norm.kind], 1 if single else 3, paired, act, weight != 1.0, cap is not None,
         cut.outputs, cut.piece, cut.piece == width, cut.piece < width, TYPES[x.dtype], pdl, num_warps=cut.warps,
         **launch,
@@ -368,7 +340,7 @@ def products(
         raise ValueError("rows must lie in one piece")
     matrices, sizes = given(parts)
     splits = out.shape[0] if out.dim() == 3 else 1
-    cut = shape or Shape(count, width, sum(sizes), paired)
+    cut = shape or Shape(count, width, paired, x.element_size())
     single = paired or len(parts) == 1
     blocks = sum(triton.cdiv(size, cut.outputs) for size in (sizes[:1] if single else sizes))
     height = max(16, min(triton.next_power_of_2(count), 64))

@@ -9,16 +9,21 @@ Axes: B rows, T tokens fed now, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xtcli.generate.prompts import padded_left, padded_right
 from xtcli.parts.chance import settled
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import speaker
 from xtcli.parts.seq2seq import EncoderDecoder
+
+LENGTHS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of attention for texts of ever new lengths: cuDNN makes a plan for each, which takes longer than the step."""
 
 
 def steady(tower: nn.Module) -> int | None:
@@ -111,7 +116,7 @@ class Feed:
             places = (slots - self.pads).clamp(min=0)
             mask = slots >= self.pads if begin == 0 else None
         model: Any = self.model
-        with settled(model):
+        with settled(model), sdpa_kernel(LENGTHS) if ids.is_cuda else nullcontext():
             if self.memory is not None:
                 hidden = model.decode(ids, self.memory, self.memory_mask, self.state)
             else:
