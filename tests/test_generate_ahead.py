@@ -8,13 +8,17 @@ import pytest
 import torch
 from tiny_models import DECODERS, lively
 
+from xtcli.data.tokenizers import Bytes
+from xtcli.data.train_tokenizer import train
 from xtcli.errors import UserError
 from xtcli.fast import twins
 from xtcli.fast.plan import Unplanned, plan
 from xtcli.generate import ahead
 from xtcli.generate.decode import Row, Rules, Timing, decode
-from xtcli.generate.engine import undisturbed
+from xtcli.generate.engine import generate, undisturbed
 from xtcli.generate.feed import Feed
+from xtcli.generate.options import Options
+from xtcli.generate.pen import Pen
 from xtcli.generate.sampling import Sampling
 from xtcli.generate.static import MEMORY, Static
 from xtcli.generate.stops import Text
@@ -167,6 +171,36 @@ def test_answers_of_several_sources(name: str, fast: list[type], monkeypatch: py
         assert written(*given) == plainly(monkeypatch, *given)
     assert set(fast[::2]) == {ahead.Ahead}
     assert len(ahead._kept[model]) == 2, "a step serves memories of one size"
+
+
+def test_wide_streams_and_64_bits_are_left_to_the_model_s_own_parts(
+    fast: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rules = lively("rotary", 61), Rules(GREEDY, frozenset(), 61)
+    with monkeypatch.context() as inner:
+        inner.setattr("xtcli.fast.plan.WIDEST", 16)
+        with pytest.raises(Unplanned, match="kernels norm 16 at most"):
+            plan(model, 64)
+        assert written(model, rules, [9, 9, 9]) == plainly(monkeypatch, model, rules, [9, 9, 9])
+    assert type(ahead._kept[model][-1].step) is Static
+    wide = lively("rotary", 61).double()
+    assert written(wide, rules, [9, 9, 9]) == plainly(monkeypatch, wide, rules, [9, 9, 9])
+    assert type(ahead._kept[wide][-1].step) is Static
+    model.stack.blocks[0].attn.q.weight.data = model.stack.blocks[0].attn.q.weight.data.t().contiguous().t()  # type: ignore[union-attr, index]
+    with pytest.raises(Unplanned, match="one piece"):
+        plan(model, 64)
+
+
+def test_why_steps_are_not_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(feed: Feed, rules: Rules, logits: torch.Tensor, *rest: object) -> Pen:
+        assert feed.eager is False
+        feed.slow = "the reason"
+        return Pen(feed, rules, logits, None)
+
+    monkeypatch.setattr("xtcli.generate.decode.pen_for", slow)
+    model = build("gpt2-nano", tiny=True)
+    answer = generate(model, train(Bytes.Config(), []), ["abc"], Options(max_tokens=3, sampling=GREEDY))
+    assert answer.notes == ["steps wait for one another and are not recorded: the reason"]
 
 
 SAMPLINGS = [

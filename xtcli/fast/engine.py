@@ -170,15 +170,16 @@ class OnGpu:
 
 def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`run` as a graph of launches on a GPU, which it may not wait for; it is run once before. Raises Unplanned."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                run()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -33,6 +33,8 @@ from xtcli.parts.wiring import Joining, Parallel, ParallelShared, PreNorm
 
 KNOWN = ("silu", "gelu", "gelu_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "identity")
 """Activations of the kernels."""
+WIDEST = 8192
+"""Widest row that a program of a kernel holds at once, as it must to norm it."""
 
 
 class Unplanned(Exception):
@@ -125,6 +127,8 @@ def plan(model: Graph, capacity: int) -> Plan:
     _exactly(stack, Stack, "the stack")
     if known.prefix is not None or stack.recurrence is not None or known.accepts:
         raise Unplanned("memory tokens, recurrence and further inputs are not among the kernels' parts")
+    if known.dim > WIDEST:
+        raise Unplanned(f"the stream is {known.dim:,} wide, and kernels norm {WIDEST:,} at most")
     if "lm" not in heads:
         raise Unplanned("the head is no plain language model")
     slots = torch.arange(capacity, device=model.device)[None]
@@ -156,6 +160,8 @@ def _matrix(module: Any) -> Matrix:
     if type(module) is Int8Linear:
         return Matrix(module.whole, module.bias, module.scale)
     _exactly(module, Linear, "a linear layer")
+    if not module.weight.is_contiguous():
+        raise Unplanned("weights do not lie in one piece")
     return Matrix(module.weight, module.bias)
 
 

@@ -21,11 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtcli.fast.plan import Matrix, Norm
+from xtcli.fast.plan import WIDEST, Matrix, Norm
 
 NORMS = {"rms": 1, "layer": 2}
-WIDEST = 8192
-"""Widest row that a program holds at once."""
 
 
 @triton.jit

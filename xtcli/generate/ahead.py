@@ -134,9 +134,11 @@ def _step(
     """The step of few launches where a plan can be made, else that of the model's own parts."""
     try:
         planned = plan(model, capacity)
-        return (
-            kernels(planned, rows, capacity) if isinstance(kernels, type) else Planned(planned, rows, capacity, kernels)
-        )
+        if isinstance(kernels, type):
+            return kernels(planned, rows, capacity)
+        if model.dtype == torch.float64:
+            raise Unplanned("weights have 64 bits")
+        return Planned(planned, rows, capacity, kernels)
     except Unplanned:
         if isinstance(kernels, type):
             raise
@@ -226,16 +228,18 @@ class Ahead(Pen):
 
     def _ask(self) -> None:
         """Run one more step, and have its tokens sent to the host."""
-        self.choosing.run()
         said = self.made.step.said[self.feed.width + self.asked]
         self.asked += 1
         if said.device.type != "cuda":
+            self.choosing.run()
             self.waiting.append((said.clone(), None))
             return
-        told = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
-        told.copy_(said, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        with torch.cuda.device(said.device):
+            self.choosing.run()
+            told = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
+            told.copy_(said, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         self.waiting.append((told, done))
 
 
