@@ -2,7 +2,7 @@
 
     what is seen                               kernel
     everything, a row of keys, the past        PyTorch's attention: cuDNN on Hopper, groups of heads as they are
-    else, in training, LEAST tokens or more    FlexAttention with a mask by blocks
+    else, in training, LEAST tokens or more    FlexAttention with a mask by blocks; lists of blocks by fast/blocks.py
     else                                       PyTorch's attention with a stored mask
     a learned bias of the distance, training   fast/distance.py, without a bias of all pairs
     other scores that are added and learned    PyTorch's attention: of its kernels the one that gives their gradient
@@ -22,7 +22,7 @@ from xtcli.parts.context import Ctx
 from xtcli.registry import Config
 
 LEAST = 1024
-"""Tokens from which a mask by blocks is faster than a stored one: even at 512, two thirds of the time at 1,024."""
+"""Tokens from which a mask by blocks is faster than a stored one: even at 512, half the time at 1,024."""
 
 HALF = (torch.float16, torch.bfloat16)
 
