@@ -17,6 +17,9 @@ from typer.core import TyperCommand, TyperGroup
 from xtcli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 from xtcli.pages import keep_pages
 
+SPINS = "2000"
+"""Turns of a thread's wait before it sleeps, as GNU's OpenMP counts them."""
+
 MAX_SHOWN = 50
 """Mistakes printed at most; the rest is counted."""
 
@@ -113,8 +116,11 @@ def report(error: UserError) -> None:
 def main() -> NoReturn:
     """Run `xt` and leave with its exit code: 2 for the user's mistakes, 130 for Ctrl-C, 1 with a traceback for ours."""
     # Threads that spin while they wait for each other take the core from the one they wait for, as soon as
-    # another program runs. OpenMP reads this when torch is loaded, and the user's own choice stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # another program runs; those that sleep at once are woken for each operator. So they spin for about a tenth of a
+    # millisecond. OpenMP reads this when torch is loaded, and the user's own choice stays.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         app()
     except UserError as error:
