@@ -300,11 +300,11 @@ class _Interleaved(torch.autograd.Function):
 
 
 def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Half.apply(x, cos, sin) if torch.is_grad_enabled() else turn_half(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return _Half.apply(x, cos, sin) if torch.is_grad_enabled() else turn_half(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
 def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Interleaved.apply(x, cos, sin) if torch.is_grad_enabled() else turn_interleaved(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return _Interleaved.apply(x, cos, sin) if torch.is_grad_enabled() else turn_interleaved(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
 TURNS = {"half": _half, "interleaved": _interleaved}

@@ -121,6 +121,8 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
     body = counter.get_total_flops()
     sizes = [size for key, (_, size) in kept.items() if key not in kernels.casts]
     flops, logits, slabs = body, 0, 0
+    # A GPU has a slab and its slope in the products' type, in one place or two.
+    beside = dtype.itemsize if device == "cuda" and dtype.itemsize < 4 else COPIES
     for name, targets in batch.targets.items():
         head: Head = skeleton.heads[name]  # type: ignore[assignment]
         counter = FlopCounterMode(display=False)
@@ -128,9 +130,12 @@ def measure(skeleton: Graph, batch: Batch, dtype: torch.dtype, device: str = "cu
             made = head.outputs(skeleton.read_by(name, hidden))
         share = _supervised(targets) if head.sparse else 1.0
         flops += int(counter.get_total_flops() * share)
-        taken = int(sum(tensor.numel() for tensor in made.values()) * share) * (dtype.itemsize + COPIES)
-        logits, slabs = (logits + taken, slabs) if head.terms is None else (logits, slabs + taken)
-    slab = slab_bytes(device) * (dtype.itemsize + COPIES) // dtype.itemsize
+        entries = int(sum(tensor.numel() for tensor in made.values()) * share)
+        if head.terms is None:
+            logits += entries * (dtype.itemsize + COPIES)
+        else:
+            slabs += entries * (dtype.itemsize + beside)
+    slab = slab_bytes(device) * (dtype.itemsize + beside) // dtype.itemsize
     widest, stream = max(sizes, default=0), hidden.states.numel() * 4
     return Cost(flops, sum(sizes), logits, slabs, slab, widest, stream)
 
