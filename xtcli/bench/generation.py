@@ -50,8 +50,8 @@ class Config(Asked):
     prompt: int = 128
     new: int = 128
     repeats: int = 5
-    seed: int = 0
     int8: bool = False
+    seed: int = 0
 
 
 def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
@@ -122,6 +122,7 @@ class Ours:
     def __init__(self, model: Model, prompts: list[list[int]]) -> None:
         self.model, self.prompts, self.start = model, prompts, start_of(model)
         self.rules = Rules(GREEDY, frozenset(), model.vocab)
+        self.slow: str | None = None
 
     def write(self, new: int) -> list[list[int]]:
         """The new tokens of each row."""
@@ -130,6 +131,7 @@ class Ours:
         rows = [Row(number, Text(Mute()), new, False) for number in range(len(begun))]
         for _ in decode(feed, rows, 1, self.rules, Timing()):
             pass
+        self.slow = feed.slow
         return [row.tokens for row in rows]
 
 
@@ -219,6 +221,8 @@ class Measured:
         for name, side in sides.items():
             row = self._row(name, firsts[name], wholes[name], tokens[name], opening[name])
             short = partial(side.write, min(config.new, SHORT))
+            if getattr(side, "slow", None):
+                row["note"] = f"steps wait for one another and are not recorded: {side.slow}"
             rows.append(row | {"peak_bytes": shares[name].peak(short, side.model.parameters())})
         return rows
 

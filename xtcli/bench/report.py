@@ -188,7 +188,8 @@ def generation_tables(found: Mapping[str, Any]) -> list[Table]:
             times(row),
         ]
         rows.append(cells)
-    notes = [note for row in found["rows"] for note in _without(row)]
+    notes = [f"{row['preset']}, {row['side']}: {row['note']}" for row in found["rows"] if "note" in row]
+    notes += [note for row in found["rows"] for note in _without(row)]
     title = f"{config['batch']} x {config['prompt']:,} + {config['new']:,} tokens, {where(found)}"
     return [Table(title, columns, rows, notes)]
 
