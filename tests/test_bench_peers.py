@@ -184,3 +184,29 @@ def test_each_peer_has_its_own_turn_with_ours() -> None:
     assert [row["side"] for row in (ours, *theirs)] == ["xt", "nanogpt", "transformers"]
     # All start from the weights that ours had before its first step.
     assert theirs[1]["losses"] == pytest.approx(theirs[0]["losses"], abs=2e-3)
+
+
+def test_a_peer_that_finds_no_room_beside_ours_follows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xtcli.bench.peers import nanogpt
+
+    usual, benches = nanogpt.train, []
+    leave = training.Measured._leave
+    monkeypatch.setattr(training.Measured, "_leave", lambda self: (benches.append(self.bench), leave(self)))
+
+    def crowded(*given: Any) -> Any:
+        if not benches:
+            raise torch.OutOfMemoryError("no room")
+        return usual(*given)
+
+    monkeypatch.setattr(nanogpt, "train", crowded)
+    ours, theirs = trained(NANOGPT, "gpt2-nano", steps=5)
+    assert len(ours["step"]["raw_ms"]) == len(theirs["step"]["raw_ms"]) == 5
+    assert theirs["xt_step"] == ours["step"]
+    assert "no room for both" in theirs["note"] and theirs["same_loss"]
+
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(nanogpt, "train", full)
+    (ours,) = trained(NANOGPT, "gpt2-nano")
+    assert ours["no_peer"] == {"nanogpt": "out of memory"}

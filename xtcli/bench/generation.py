@@ -208,7 +208,8 @@ class Measured:
 
             opening[name] = clocked(text, device)
             self.talk(f"{self.preset}, {name}: first text {opening[name]:.3g} s")
-            side.write(config.new)
+            with shares[name].grows(steps=True):
+                side.write(config.new)
         firsts = {name: Clock(device) for name in sides}
         wholes = {name: Clock(device) for name in sides}
         for _ in range(config.repeats):

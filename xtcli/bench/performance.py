@@ -59,17 +59,17 @@ CASES = (
     ),
     Case(
         "decode-llama", "Writing with a 1.1B LLaMA: 1 x 128 + 256 tokens",
-        "generate tinyllama-1.1b --prompt 128 --new 256 --dtype bf16 --int8",
+        "generate tinyllama-1.1b --prompt 128 --new 256 --repeats 3 --dtype bf16 --int8",
         "cuda", 200, 20, {"gpt-fast": 1.45, "transformers, static cache": 2.5},
     ),
     Case(
         "decode-llama-32", "Writing with a 1.1B LLaMA: 32 x 128 + 256 tokens",
-        "generate tinyllama-1.1b --batch 32 --prompt 128 --new 256 --dtype bf16",
+        "generate tinyllama-1.1b --batch 32 --prompt 128 --new 256 --repeats 3 --dtype bf16",
         "cuda", 120, 30, {"transformers, static cache": 2.5},
     ),
     Case(
         "decode-gpt2", "Writing with GPT-2, 124M: 1 x 128 + 256 tokens",
-        "generate gpt2-small --prompt 128 --new 256 --dtype bf16",
+        "generate gpt2-small --prompt 128 --new 256 --repeats 3 --dtype bf16",
         "cuda", 120, 10, {"transformers, static cache": 2.5},
     ),
     Case(

@@ -13,16 +13,24 @@ from xtcli.bench.timing import peak_bytes
 
 
 class Share:
-    """One side's memory. On CUDA: what the allocator held more after whatever ran inside `grows` than before."""
+    """One side's memory. On CUDA: what the allocator held more after whatever ran inside `grows` than before.
+
+    Steps that are recorded as a graph take no memory when they are replayed, since the graph keeps its own: what they
+    took is seen where they were recorded, in warm-up.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.resting = device, 0
+        self.device, self.resting, self.top = device, 0, 0
 
     @contextmanager
-    def grows(self) -> Iterator[None]:
-        """Inside, no other side runs."""
+    def grows(self, steps: bool = False) -> Iterator[None]:
+        """Inside, no other side runs; `steps`: and what runs are steps like those that follow."""
         before = self._allocated()
+        if steps and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         yield
+        if steps and self.device.type == "cuda":
+            self.top = max(self.top, torch.cuda.max_memory_allocated(self.device) - before + self.resting)
         self.resting += self._allocated() - before
 
     def peak(self, function: Callable[[], Any], held: Iterable[Tensor]) -> int | None:
@@ -31,7 +39,7 @@ class Share:
             return peak_bytes(function, self.device, held)
         before = self._allocated()
         whole = peak_bytes(function, self.device, ())
-        return None if whole is None else whole - before + self.resting
+        return None if whole is None else max(whole - before + self.resting, self.top)
 
     def _allocated(self) -> int:
         if self.device.type != "cuda":

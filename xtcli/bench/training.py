@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from xtcli.bench import results
 from xtcli.bench.asked import Asked, labels, one_place
 from xtcli.bench.peers import Peer, Unmatched, chosen
 from xtcli.bench.peers.exported import Exported, export
+from xtcli.bench.peers.stepped import Setting
 from xtcli.bench.share import Share
 from xtcli.bench.stepping import Bench, prepare, start
 from xtcli.bench.timing import Clock, Times, clocked, matmul_rate, release
@@ -91,7 +94,7 @@ class Measured:
     @property
     def block(self) -> int:
         """Steps between two waits."""
-        return int(self.bench.trainer.config.log_every)
+        return BLOCK.get(self.bench.place.device.type, 1)
 
     def rows(self, build: float) -> list[dict[str, Any]]:
         """The rows of the preset: ours, then each peer's, or why it has none."""
@@ -101,28 +104,50 @@ class Measured:
         check = bench.check() if given is not None else None
         first = self._warm("xt", bench, self.own)
         found: list[dict[str, Any]] = []
+        setting, apart = Setting.of(bench), []
         ours: dict[str, Any] | None = None
         for peer in self.peers if given is not None else ():
             assert given is not None and check is not None
             try:
-                row, times = self._beside(peer, given, check)
+                row, times = self._beside(peer, setting, given, check)
             except Unmatched as reason:
                 missing[peer.name] = str(reason)
                 continue
+            except torch.OutOfMemoryError:
+                self.talk(f"{bench.name}: no room for {peer.name} beside xt; it follows alone")
+                apart.append(peer)
+                continue
             found.append(row)
+            assert times is not None
             ours = ours or self._row("xt", bench, times, first)
         if ours is None:
             ours = self._row("xt", bench, self._time({"xt": bench})["xt"], first)
         ours |= {"build_s": build, "peak_bytes": self.own.peak(bench.step, bench.held)}
-        if missing:
-            ours["no_peer"] = missing
-        for name, why in missing.items():
-            self.talk(f"{bench.name}: {name} has no such model: {why}")
         if self.config.loop:
             from xtcli.bench.overhead import overhead
 
             ours["loop"] = overhead(bench, self.talk)
+        if apart:
+            self._leave()
+        for peer in apart:
+            assert given is not None and check is not None
+            try:
+                row, _ = self._beside(peer, setting, given, check, ours)
+            except torch.OutOfMemoryError:
+                missing[peer.name] = "out of memory"
+                continue
+            found.append(row)
+        if missing:
+            ours["no_peer"] = missing
+        for name, why in missing.items():
+            self.talk(f"{bench.name}: {name} has no such model: {why}")
         return [ours, *found]
+
+    def _leave(self) -> None:
+        """Give back what ours holds: it runs no more."""
+        nothing: Any = None
+        self.bench.model = self.bench.trainer = nothing
+        release(self.bench.place.device)
 
     def _exported(self, missing: dict[str, str]) -> Exported | None:
         """The weights before the first step, as peers take them; else `missing` says why none can."""
@@ -134,30 +159,37 @@ class Measured:
             missing |= dict.fromkeys((peer.name for peer in self.peers), str(reason))
             return None
 
-    def _beside(self, peer: Peer, given: Exported, check: float) -> tuple[dict[str, Any], Timed]:
-        """The row of one peer, and the times of ours in turn with it; raises Unmatched."""
-        bench, device = self.bench, self.bench.place.device
+    def _beside(
+        self, peer: Peer, setting: Setting, given: Exported, check: float, before: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Timed | None]:
+        """The row of one peer, and the times of ours in turn with it; raises Unmatched.
+
+        before: the row of ours, where that has been measured and has gone.
+        """
+        bench, device = self.bench, setting.place.device
         compiled = compiles(bench.resolved.preset.train, device)
-        share = Share(device)
+        share, side = Share(device), None
         try:
             with share.grows():
-                side = peer.adapter.train(bench, given, compiled, peer.path)
+                side = peer.adapter.train(setting, given, compiled, peer.path)
             theirs = side.check()
             first = self._warm(peer.name, side, share)
-            times = self._time({"xt": bench, peer.name: side})
+            times = self._time({peer.name: side} if before else {"xt": bench, peer.name: side})
             row = self._row(peer.name, side, times[peer.name], first)
             row["peak_bytes"] = share.peak(side.step, side.held)
         finally:
             side = None
             release(device)
-        row["xt_step"] = times["xt"].wall.facts()
+        if before is not None:
+            row["note"] += "; after xt, since there was no room for both"
+        row["xt_step"] = times["xt"].wall.facts() if before is None else before["step"]
         row["ratio"] = row["step"]["median_ms"] / row["xt_step"]["median_ms"]
         if "processor" in row:
-            row["xt_processor"] = times["xt"].processor.facts()
+            row["xt_processor"] = times["xt"].processor.facts() if before is None else before["processor"]
             row["processor_ratio"] = row["processor"]["median_ms"] / row["xt_processor"]["median_ms"]
         row["losses_without_dropout"] = [check, theirs]
-        row["same_loss"] = agree(check, theirs, bench.place.precision)
-        return row, times["xt"]
+        row["same_loss"] = agree(check, theirs, setting.place.precision)
+        return row, times.get("xt")
 
     def _warm(self, name: str, side: Any, share: Share) -> float:
         """Seconds of the first step; warm-up steps follow it."""
@@ -166,6 +198,7 @@ class Measured:
             first = clocked(side.step, device)
             side.look()
             self.talk(f"{self.bench.name}, {name}: first step {first:.3g} s, loss {side.losses[-1]:.4f}")
+        with share.grows(steps=True):
             for number in range(2, _warm_steps(self.block) + 1):
                 side.step()
                 if number % self.block == 0:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from xtcli.bench.peers import Unmatched
 from xtcli.bench.peers.exported import Exported
-from xtcli.bench.peers.stepped import Stepped, described, groups
-from xtcli.bench.stepping import Bench
+from xtcli.bench.peers.stepped import Setting, Stepped, described, groups
 from xtcli.data.batch import IGNORE, Batch
 
 LABELS = {"nsp": "next_sentence_label"}
@@ -42,11 +41,11 @@ def model(given: Exported, device: torch.device, dtype: torch.dtype) -> nn.Modul
     return made.eval()
 
 
-def train(ours: Bench, given: Exported, compiled: bool, path: None) -> Stepped:
+def train(ours: Setting, given: Exported, compiled: bool, path: None) -> Stepped:
     """The same network under the same optimizer, clipping, number format and compiler."""
-    config, place = ours.trainer.config, ours.place
+    config, place = ours.config, ours.place
     theirs = model(given, place.device, torch.float32).train()
-    causal = ours.model.causal and "decoder_input_ids" not in ours.batch.inputs
+    causal = ours.causal and "decoder_input_ids" not in ours.batch.inputs
     whole = sum(ours.batch.supervised().values())
     shares = ours.batch.split(ours.plan.micro_batch)
     parts = [(arguments(share, causal), sum(share.supervised().values()) / whole) for share in shares]
@@ -61,7 +60,7 @@ def train(ours: Bench, given: Exported, compiled: bool, path: None) -> Stepped:
         parts,
         loss=lambda **inputs: call(**inputs).loss,
         plain=lambda **inputs: theirs(**inputs).loss,
-        rate=ours.trainer.rate,
+        rate=ours.rate,
         clip=config.clip,
         amp=place.amp,
         note=f"{described(place, compiled)}, AdamW fused",

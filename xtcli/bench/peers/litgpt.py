@@ -12,14 +12,13 @@ import torch
 
 from xtcli.bench.peers import Unmatched, llamas
 from xtcli.bench.peers.exported import Exported
-from xtcli.bench.peers.stepped import Stepped
-from xtcli.bench.stepping import Bench
+from xtcli.bench.peers.stepped import Setting, Stepped
 from xtcli.errors import refuse
 
 MULTIPLE = 64
 
 
-def train(ours: Bench, given: Exported, compiled: bool, path: None) -> Stepped:
+def train(ours: Setting, given: Exported, compiled: bool, path: None) -> Stepped:
     """Its model with the weights of ours; raises Unmatched."""
     try:
         from litgpt.config import Config
@@ -31,7 +30,7 @@ def train(ours: Bench, given: Exported, compiled: bool, path: None) -> Stepped:
     llamas.check(given)
     if "lm_head.weight" not in given.tensors:
         raise Unmatched("its head has a matrix of its own, this one's is the token table")
-    config, place, size = ours.trainer.config, ours.place, llamas.sizes(given)
+    config, place, size = ours.config, ours.place, llamas.sizes(given)
     made = Config(
         name="same sizes",
         block_size=size["context"],
@@ -83,7 +82,7 @@ def train(ours: Bench, given: Exported, compiled: bool, path: None) -> Stepped:
         parts,
         loss=lambda idx, targets: chunked_cross_entropy(call(idx), targets),
         plain=lambda idx, targets: chunked_cross_entropy(theirs(idx), targets),
-        rate=ours.trainer.rate,
+        rate=ours.rate,
         clip=config.clip,
         note=f"{place.precision} weights and state, {'compiled whole' if compiled else 'not compiled'}, "
         f"AdamW{' fused' if gpu else ''}",

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from xtcli.bench.peers import Unmatched, load
 from xtcli.bench.peers.exported import Exported
-from xtcli.bench.peers.stepped import Stepped, described
-from xtcli.bench.stepping import Bench
+from xtcli.bench.peers.stepped import Setting, Stepped, described
 from xtcli.data.batch import IGNORE
 
 MULTIPLE = 64
@@ -26,7 +25,7 @@ TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """Weights that the exported form has as (in, out)."""
 
 
-def train(ours: Bench, given: Exported, compiled: bool, path: Path) -> Stepped:
+def train(ours: Setting, given: Exported, compiled: bool, path: Path) -> Stepped:
     """Its model with the weights of ours; raises Unmatched."""
     if given.architecture != "GPT2LMHeadModel":
         raise Unmatched(f"it is a GPT-2 with a language-model head, this is {given.architecture}")
@@ -38,7 +37,7 @@ def train(ours: Bench, given: Exported, compiled: bool, path: Path) -> Stepped:
     if len(rates) > 1:
         raise Unmatched(f"it has one rate of dropout, here are {sorted(rates)}")
     code = load(path, "GPT", "GPTConfig")
-    config, place, vocab = ours.trainer.config, ours.place, values["vocab_size"]
+    config, place, vocab = ours.config, ours.place, values["vocab_size"]
     gpu = place.device.type == "cuda"
     # It tells its size on stdout.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -70,7 +69,7 @@ def train(ours: Bench, given: Exported, compiled: bool, path: Path) -> Stepped:
         parts,
         loss=lambda **inputs: call(**inputs)[1],
         plain=lambda **inputs: theirs(**inputs)[1],
-        rate=ours.trainer.rate,
+        rate=ours.rate,
         clip=config.clip,
         amp=place.amp,
         note=f"{note}, vocabulary of {sizes.vocab_size:,}",

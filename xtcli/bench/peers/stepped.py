@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xtcli.bench.stepping import Bench
+from xtcli.data.batch import Batch
 from xtcli.train.device import Place
+from xtcli.train.plan import Plan
 
 Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides train on: device and number format, batch, micro-batches, the train section, learning rates."""
+
+    place: Place
+    batch: Batch
+    plan: Plan
+    config: Any
+    rate: Callable[[int], float]
+    causal: bool
+
+    @classmethod
+    def of(cls, bench: Bench) -> Setting:
+        """That of a bench of ours."""
+        trainer = bench.trainer
+        return cls(bench.place, bench.batch, bench.plan, trainer.config, trainer.rate, bench.model.causal)
 
 
 class Stepped:
