@@ -263,7 +263,7 @@ def summary(found: Mapping[str, Any]) -> Table:
                     entry["result"]["conditions"]["device"],
                 )
             )
-    columns = ("work", "xt tok/s", "beside", "its tok/s", "xt is faster by", "wanted", "on")
+    columns = ("work", "xt tok/s", "beside", "its tok/s", "xt to it", "wanted", "on")
     return Table("", columns, rows, [] if rows else ["No comparison has been made yet."])
 
 
@@ -277,7 +277,8 @@ def page(found: Mapping[str, Any]) -> str:
         "    xt bench --show docs/performance.json --markdown > docs/performance.md",
         "Each case is a command of its own. Both sides of a comparison have the same weights and tokens, in one "
         "process, and take turns; medians after warm-up. Training is timed over steps as the loop takes them, with a "
-        "wait for the device only between blocks of them. Ratios above 1 mean that `xt` is faster.",
+        "wait for the device only between blocks of them. A ratio is the speed of `xt` to that of the other: above 1 "
+        "`xt` is faster.",
         "## Comparisons",
         summary(found).markdown(),
     ]

@@ -143,7 +143,7 @@ def _same(row: Mapping[str, Any]) -> str:
     if "same_loss" not in row:
         return ""
     ours, theirs = row["losses_without_dropout"]
-    same = "the same network" if row["same_loss"] else "NOT the same network"
+    same = "they agree" if row["same_loss"] else "they DO NOT AGREE: these are two networks"
     return f"; loss before the first step {theirs:.4f}, of xt {ours:.4f}: {same}"
 
 

@@ -60,6 +60,7 @@ def train(ours: Setting, given: Exported, compiled: bool, path: Path) -> Stepped
         targets = share.targets["lm"]
         inputs = {"idx": share.inputs["input_ids"], "targets": targets.masked_fill(targets == IGNORE, -1)}
         parts.append((inputs, sum(share.supervised().values()) / whole))
+    turns = "" if values["activation_function"] == "gelu" else ", the exact GELU in place of the tanh form"
     call = torch.compile(theirs) if compiled else theirs
     note = f"{described(place, compiled)}, its AdamW{' fused' if gpu else ''}"
     return Stepped(
@@ -72,7 +73,7 @@ def train(ours: Setting, given: Exported, compiled: bool, path: Path) -> Stepped
         rate=ours.rate,
         clip=config.clip,
         amp=place.amp,
-        note=f"{note}, vocabulary of {sizes.vocab_size:,}",
+        note=f"{note}, vocabulary of {sizes.vocab_size:,}{turns}",
     )
 
 
