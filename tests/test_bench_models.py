@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,3 +385,10 @@ def _options(known, kind: str) -> list[str]:
 
     built = typer.main.get_command_from_info(known, pretty_exceptions_short=False, rich_markup_mode=None)
     return [name for param in built.params for name in param.opts] if built.name == kind else []
+
+
+def test_the_page_of_figures_is_that_of_its_file() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    assert (docs / "performance.md").read_text(encoding="utf-8") == performance.page(
+        results.read(docs / "performance.json")
+    )
