@@ -102,7 +102,7 @@ def losses(job: Any, micro: int, steps: int) -> tuple[list[float], torch.Tensor]
     made = trainer(job, micro)
     found = []
     for batch in itertools.islice(batches(job.objective, batch=4, seed=0), steps):
-        loss = made.backward(batch)
+        loss = made.backward(*made.shared(batch))
         made.carried.end()
         made.progress.cursor += 4
         found += [float(value) for value in loss.values()]

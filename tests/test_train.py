@@ -198,11 +198,11 @@ def test_non_finite_loss_stops_before_the_step(text: Path, tmp_path: Path, monke
 
     original = loop.Trainer.backward
 
-    def poisoned(self: loop.Trainer, batch: Batch) -> dict[str, float]:
+    def poisoned(self: loop.Trainer, *given: Any) -> dict[str, float]:
         if self.progress.step == 7:
             with torch.no_grad():
                 self.model.stack.blocks[1].ffn.up.weight[0, 0] = float("inf")  # type: ignore[union-attr, index]
-        return original(self, batch)
+        return original(self, *given)
 
     monkeypatch.setattr(loop.Trainer, "backward", poisoned)
     options = [f"data={text}", *QUICK, "train.steps=20", "train.save_every=5", "train.sample_every=0"]
