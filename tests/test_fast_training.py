@@ -40,7 +40,7 @@ def test_slabs_of_far_logits_in_16_bits() -> None:
     from xtcli.fast import crossentropy
 
     logits = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 1e4).bfloat16()
-    targets = torch.tensor([0, 299, 7, IGNORE])
+    targets = torch.tensor([0, 289, 7, IGNORE])
     loss, slope = losses.slab_terms(logits.clone(), targets, None, 0.0, 290)
     own_loss, own_slope = crossentropy.slab_terms(logits, targets, None, 0.0, 290)
     torch.testing.assert_close(own_loss, loss)

@@ -40,25 +40,27 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
     Columns beyond `vocab` only fill up the width: no probability falls on them.
     """
     wide = widen(logits)
-    columns = torch.arange(wide.shape[1], device=logits.device)[None, :]
     if cap is not None:
         bent = torch.tanh(wide / cap)
         wide = bent * cap
     real = targets != IGNORE
     aims = targets.masked_fill(~real, 0)[:, None]
-    # Over the whole width, since a slice of it is no multiple of what a GPU loads at once.
-    seen = wide if vocab == wide.shape[1] else wide.masked_fill(columns >= vocab, float("-inf"))
-    log_sum = seen.logsumexp(-1)
-    wanted = wide.gather(1, aims)[:, 0] * (1.0 - smoothing)
-    slope = torch.exp(seen - log_sum[:, None]) - (columns == aims).to(wide.dtype) * (1.0 - smoothing)
+    if vocab < wide.shape[1]:
+        # Over the whole width, since a slice of it is no multiple of what a GPU loads at once.
+        wide = wide.masked_fill(torch.arange(wide.shape[1], device=wide.device) >= vocab, float("-inf"))
+    logs = wide.log_softmax(-1)
+    losses = logs.gather(1, aims)[:, 0] * (smoothing - 1.0)
     if smoothing:
-        share = (columns < vocab).to(wide.dtype) * (smoothing / vocab)
-        wanted = wanted + (wide * share).sum(-1)
-        slope = slope - share
-    loss = torch.where(real, log_sum - wanted, 0.0).sum()
+        losses = losses - logs[:, :vocab].sum(-1) * (smoothing / vocab)
+    # In place, from here on: each pass over a slab counts.
+    slope = logs.exp_()
+    slope.scatter_add_(1, aims, torch.full_like(slope[:, :1], smoothing - 1.0))
+    if smoothing:
+        slope[:, :vocab] -= smoothing / vocab
     if cap is not None:
-        slope = slope * (1.0 - bent * bent)
-    return loss, torch.where(real[:, None], slope, 0.0).to(logits.dtype)
+        slope *= 1.0 - bent * bent
+    slope.masked_fill_(~real[:, None], 0.0)
+    return losses.masked_fill(~real, 0.0).sum(), slope.to(logits.dtype)
 
 
 def slab_bytes(device: str) -> int:

@@ -61,16 +61,13 @@ class Trainer:
         # On a GPU the host looks at a step while the device is at the next one; what a step leaves must wait for it.
         self.ahead = self.place.device.type == "cuda" and self.scaler is None and not self.carried.on
         self.pending: Outcome | None = None
-        self.passes = captured(self.work, self.change, self.config, self.place.device, self.tell, self.ahead)
+        said = lambda text: self.view.message(text)  # noqa: E731 - the view may be another by then
+        self.passes = captured(self.work, self.change, self.config, self.place.device, said, self.ahead)
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
         """Every stateful part, weights aside."""
         return stateful(self.model, self.optimizer, self.progress, self.scaler) + self.carried.state
-
-    def tell(self, text: str) -> None:
-        """A word to the user, by the view of the moment."""
-        self.view.message(text)
 
     def train(self, stopper: Stopper) -> int:
         """Run to the end or until stopped; returns the exit code. Weights and state are saved in both cases."""
