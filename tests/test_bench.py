@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -41,9 +42,10 @@ def test_the_first_call_stands_apart() -> None:
 def test_a_long_call_is_repeated_less_and_the_note_says_so() -> None:
     times = timing.measure(lambda: time.sleep(0.05), CPU, budget=0.3)
     assert 3 <= len(times.raw) < 20
-    assert "repeats: one takes 0.05 s" in times.note
+    # A sleep may last longer than it was asked to.
+    assert re.search(r"^\d repeats: one takes 0\.0[5-9]\d? s", times.note)
     once = timing.measure(lambda: time.sleep(0.05), CPU, budget=0.04)
-    assert once.note == "1 repeat: it takes 0.05 s"
+    assert re.fullmatch(r"1 repeat: it takes 0\.0[5-9]\d? s", once.note)
     assert len(once.raw) == 1
 
 
