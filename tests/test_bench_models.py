@@ -13,7 +13,7 @@ import torch
 
 from xtcli.bench import again, generation, overhead, peers, performance, race, report, results, stepping, training
 from xtcli.bench.peers.hf import arguments
-from xtcli.commands import bench as command
+from xtcli.commands import amounts
 from xtcli.config.preset import load_preset
 from xtcli.errors import UserError
 from xtcli.inspect.targets import Target, targets
@@ -208,16 +208,16 @@ def test_a_result_is_repeated_under_its_conditions_only() -> None:
 
 @pytest.mark.parametrize(
     ("option", "given", "expected"),
-    [("_seconds", "5m", 300.0), ("_seconds", "30s", 30.0), ("_seconds", "7", 7.0), ("_count", "1.5M", 1_500_000)],
+    [("seconds", "5m", 300.0), ("seconds", "30s", 30.0), ("seconds", "7", 7.0), ("count", "1.5M", 1_500_000)],
 )
 def test_budgets(option: str, given: str, expected: float) -> None:
-    assert getattr(command, option)(given) == expected
+    assert getattr(amounts, option)(given) == expected
 
 
 @pytest.mark.parametrize("given", ["", "m", "-3s", "nan", "inf", "5x"])
 def test_wrong_budgets_are_refused(given: str) -> None:
     with pytest.raises(UserError, match="is no budget"):
-        command._seconds(given)
+        amounts.seconds(given)
 
 
 def xt(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xtcli.commands import amounts
 from xtcli.commands.options import Json, Size, Tiny, next_command
 from xtcli.config.complete import complete_override_or_preset
 from xtcli.errors import refuse
@@ -106,7 +107,7 @@ def attention(
             raise refuse(f"there is no kernel '{name}'", did_you_mean(name, kernels.NAMES), place="--kernel")
     place = _place(device, dtype)
     config = attention.settle(
-        _lengths(seq),
+        amounts.lengths(seq),
         place,
         batch=batch,
         heads=heads,
@@ -163,8 +164,8 @@ def train(
             raise refuse("--budget and --tokens are two budgets", "give one of them")
         if against or loop:
             raise refuse("a race is among presets", "leave out --against and --loop")
-        amounts = {"seconds": _seconds(budget), "tokens": _count(tokens)}
-        result = race.run(race.Config.of(found, **amounts, **common), _talk)
+        limits = {"seconds": amounts.seconds(budget), "tokens": amounts.count(tokens)}
+        result = race.run(race.Config.of(found, **limits, **common), _talk)
         _keep(result, out, as_json)
         if not as_json:
             report.race_curves(result)
@@ -274,30 +275,6 @@ def _targets(words: list[str], dtype: str, device: str) -> Any:
     return [replace(target, overrides=(*target.overrides, *more)) for target in found]
 
 
-def _seconds(text: str | None) -> float | None:
-    """30s, 5m, 1h, or a plain number of seconds."""
-    return _amount(text, {"s": 1, "m": 60, "h": 3600}, "--budget", "30s, 5m or 1h")
-
-
-def _count(text: str | None) -> int | None:
-    """500k, 10M, or a plain number of tokens."""
-    found = _amount(text, {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}, "--tokens", "500k or 10M")
-    return None if found is None else max(int(found), 1)
-
-
-def _amount(text: str | None, units: dict[str, int], option: str, like: str) -> float | None:
-    if text is None:
-        return None
-    number, factor = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
-    try:
-        amount = float(number) * factor
-    except ValueError:
-        amount = 0.0
-    if not 0 < amount < float("inf"):
-        raise refuse(f"'{text}' is no budget", f"write {like}", place=option)
-    return amount
-
-
 def _rerun(path: Path, out: Path | None, as_json: bool) -> None:
     from xtcli.bench import again, results, tables
 
@@ -326,16 +303,6 @@ def _place(device: str, dtype: str) -> Any:
         if value not in known:
             raise refuse(f"there is no '{value}'", did_you_mean(value, known), place=option)
     return choose(TrainConfig.model_validate({"device": device, "precision": dtype}))
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        found = [int(word) for word in text.replace("_", "").split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 2:
-        raise refuse(f"'{text}' is not a length", "write --seq 8192 or --seq 1024,2048", place="--seq")
-    return found
 
 
 def _check_files(out: Path | None, plot: Path | None) -> None:

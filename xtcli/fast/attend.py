@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast.lanes import early, late
 from xtcli.fast.plan import Heads
-from xtcli.fast.product import early, late
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -11,19 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast.lanes import capped, tanh
 from xtcli.parts.outputs import IGNORE
 
 BLOCK = 4096
 """Columns that a program holds at once."""
 WARPS = 16
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """tanh by exponentials of negative numbers alone, which cannot overflow."""
-    small = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)
 
 
 @triton.jit
@@ -50,7 +43,7 @@ def _row(  # type: ignore[no-untyped-def]
             x = tl.load(at + place, mask=place < vocab, other=float("-inf"), eviction_policy="evict_last")
             x = x.to(tl.float32)
             if CAPPED:
-                x = tl.where(place < vocab, cap * _tanh(x / cap), float("-inf"))
+                x = tl.where(place < vocab, capped(x, cap), float("-inf"))
             higher = tl.maximum(most, x)
             # A lane that has seen nothing yet has -inf on both sides, which must not become NaN.
             safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -62,7 +55,7 @@ def _row(  # type: ignore[no-untyped-def]
         log_sum = top + tl.log(tl.sum(total * tl.exp(most - top)))
         wanted = tl.load(at + target).to(tl.float32)
         if CAPPED:
-            wanted = cap * _tanh(wanted / cap)
+            wanted = capped(wanted, cap)
         loss = log_sum - wanted * (1.0 - smoothing)
         if SMOOTH:
             loss -= tl.sum(plain) * (smoothing / vocab)
@@ -75,7 +68,7 @@ def _row(  # type: ignore[no-untyped-def]
             x = x.to(tl.float32)
             bent = x
             if CAPPED:
-                bent = _tanh(x / cap)
+                bent = tanh(x / cap)
                 x = tl.where(place < vocab, cap * bent, float("-inf"))
             slope = tl.exp(x - log_sum) - tl.where(place == target, 1.0 - smoothing, 0.0)
             if SMOOTH:

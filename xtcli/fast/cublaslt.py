@@ -56,7 +56,9 @@ class _Found(ctypes.Structure):
 
 @cache
 def library() -> Any | None:
-    """The library that PyTorch has loaded, or None where there is none of these versions."""
+    """The library that PyTorch has loaded; None where there is no GPU, or none of these versions."""
+    if not torch.cuda.is_available():
+        return None
     torch.cuda.current_blas_handle()
     for name in NAMES:
         try:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtcli.fast.product import early, late
+from xtcli.fast.lanes import early, late
 
 
 @triton.jit

@@ -26,22 +26,23 @@ ALIGN = 8
 
 
 @torch.library.custom_op("xt::product", mutates_args=(), device_types="cpu")
-def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (N, K), weight (F, K), bias (F,) -> (N, F)."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, K), weight (F, K), bias (F,) or None -> (N, F)."""
     return F.linear(x, weight, bias)
 
 
 @product.register_kernel("cuda")
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (rows, inner), outer = x.shape, weight.shape[0]
     y = x.new_empty(rows, outer)
-    kernel = cublaslt.product(outer, rows, inner, True, False, BIAS, x.dtype, x.get_device())
+    epilogue = PLAIN if bias is None else BIAS
+    kernel = cublaslt.product(outer, rows, inner, True, False, epilogue, x.dtype, x.get_device())
     kernel(weight, x, y, bias)
     return y
 
 
 @product.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -86,25 +87,6 @@ def _(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
     return torch.empty_like(p)
 
 
-@torch.library.custom_op("xt::matmul", mutates_args=(), device_types="cpu")
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, K), weight (F, K) -> (N, F)."""
-    return x @ weight.t()
-
-
-@matmul.register_kernel("cuda")
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
-    (rows, inner), outer = x.shape, weight.shape[0]
-    y = x.new_empty(rows, outer)
-    cublaslt.product(outer, rows, inner, True, False, PLAIN, x.dtype, x.get_device())(weight, x, y)
-    return y
-
-
-@matmul.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
 @torch.library.custom_op("xt::back", mutates_args=(), device_types="cpu")
 def back(dy: Tensor, weight: Tensor) -> Tensor:
     """dy (N, F), weight (F, K) -> (N, K)."""
@@ -143,32 +125,19 @@ def _(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1])
 
 
-class _Plain(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.xt.matmul(x, weight)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = torch.ops.xt.back(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, torch.ops.xt.slope(dy, x) if ctx.needs_input_grad[1] else None
-
-
-class _Biased(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.ops.xt.product(x, weight, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
         dy = dy.contiguous()
-        dx = torch.ops.xt.back(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, torch.ops.xt.slope(dy, x) if ctx.needs_input_grad[1] else None, dy.sum(0)
+        dx = torch.ops.xt.back(dy, weight) if for_x else None
+        return dx, torch.ops.xt.slope(dy, x) if for_weight else None, dy.sum(0) if for_bias else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -189,8 +158,7 @@ class _FeedForward(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` in the type of `weight`: x (..., K), weight (F, K), bias (F,) -> (..., F)."""
     rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    given = (rows, weight) if bias is None else (rows, weight, bias.to(weight.dtype))
-    y: Tensor = (_Plain if bias is None else _Biased).apply(*given)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(rows, weight, None if bias is None else bias.to(weight.dtype))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

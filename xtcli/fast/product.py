@@ -21,53 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast.lanes import bent, capped, early, late
 from xtcli.fast.plan import WIDEST, Matrix, Norm
 
 NORMS = {"rms": 1, "layer": 2}
-
-
-@triton.jit
-def early(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Let the next launch begin as soon as all programs of this one have."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def late(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the launch before, whose results are read from here on."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def bent(x, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """An activation of float32 values, by its name in parts.activations."""
-    if ACT == "silu":
-        y = x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh" or ACT == "gelu_fast":
-        y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-    elif ACT == "quick_gelu":
-        y = x * tl.sigmoid(1.702 * x)
-    elif ACT == "relu":
-        y = tl.maximum(x, 0.0)
-    elif ACT == "relu2":
-        y = tl.maximum(x, 0.0)
-        y = y * y
-    else:
-        tl.static_assert(ACT == "identity", "an activation that no kernel knows")
-        y = x
-    return y
-
-
-@triton.jit
-def capped(x, cap):  # type: ignore[no-untyped-def]
-    """cap * tanh(x / cap)."""
-    small = tl.exp(-2.0 * tl.abs(x) / cap)
-    size = cap * (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)
 
 
 @triton.jit

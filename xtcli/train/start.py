@@ -12,6 +12,7 @@ import torch
 from xtcli import fast
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import Problem, UserError, refuse
+from xtcli.fast import cublaslt
 from xtcli.model import Model
 from xtcli.registry import tree
 from xtcli.runs import environment
@@ -162,6 +163,8 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
         view.message(note)
     if job.place.device.type == "cuda" and not fast.runs_on(job.place.device):
         view.message("Triton is not installed: PyTorch's own optimizer, loss and products run, which are slower")
+    elif job.place.device.type == "cuda" and cublaslt.library() is None:
+        view.message(f"none of {', '.join(cublaslt.NAMES)} is found: PyTorch's own products run, which are slower")
     return Trainer(job, model, run, view, log)
 
 

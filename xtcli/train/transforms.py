@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xtcli import fast
 from xtcli.config.train import TrainConfig
-from xtcli.fast import linear
+from xtcli.fast import cublaslt, linear
 from xtcli.parts.activations import ACTIVATIONS
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import Ctx
@@ -36,7 +36,7 @@ def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
     """The model, changed in place as `config` says for training at `place`."""
     device = place.device
     own = fast.runs_on(device) and place.dtype.itemsize == 2
-    if own:
+    if own and cublaslt.library() is not None:
         fuse_products(model)
     join_products(model)
     if config.checkpointing:
