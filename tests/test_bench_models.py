@@ -14,6 +14,7 @@ import torch
 from xtcli.bench import again, generation, overhead, peers, performance, race, report, results, stepping, training
 from xtcli.bench.peers.hf import arguments
 from xtcli.commands import amounts
+from xtcli.commands import bench as command
 from xtcli.config.preset import load_preset
 from xtcli.errors import UserError
 from xtcli.inspect.targets import Target, targets
