@@ -11,7 +11,7 @@ from torch import Tensor
 from xtcli.config.preset import load_preset
 from xtcli.model import Model, build
 from xtcli.train.lora import adapt
-from xtcli.train.transforms import join_products
+from xtcli.train.joined import join_products
 
 ADAPTED = "train.lora={rank: 2}"
 PRESETS: dict[str, tuple[tuple[str, ...], int]] = {

@@ -1,35 +1,31 @@
 """Changes to a built model that make its steps faster or smaller, never different.
 
 ready             all that a run's config asks for
-join_products     one product in place of several that read the same x: queries, keys and values; gate and up
+join_products     one product in place of several that read the same x (joined.py)
 compile_blocks    torch.compile of each block, the last norm and each head's loss; equal blocks share their code
-fuse_products     biases and GELUs of blocks in the same kernels as the products
+fuse_products     biases and GELUs of blocks in the same kernels as the products (fused.py)
 slab_kernels      the loss of a slab by a kernel of our own
 checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xtcli import fast
 from xtcli.config.train import TrainConfig
-from xtcli.fast import cublaslt, linear
-from xtcli.parts.activations import ACTIVATIONS
-from xtcli.parts.attention import Attention
-from xtcli.parts.context import Ctx
-from xtcli.parts.ffn import GLU, MLP
+from xtcli.fast import cublaslt
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
-from xtcli.parts.linear import Linear
 from xtcli.parts.stack import Block, Stack
 from xtcli.train.device import Place
+from xtcli.train.fused import fuse_products
+from xtcli.train.joined import join_products
 
 
 def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
@@ -51,66 +47,6 @@ def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
 def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether training compiles there."""
     return config.compile is True or (config.compile == "auto" and device.type == "cuda")
-
-
-def join_products(model: nn.Module) -> int:
-    """Join in place; returns how many modules were changed. Weights keep their names, and are put together at each use.
-
-    That pays where there are many rows, as in training; a layer with an adapter is left as it is.
-    """
-    count = 0
-    for module in model.modules():
-        if isinstance(module, Attention) and module.reads_one and _bare(module.q, module.k, module.v):
-            module.project = partial(_heads_at_once, module)  # type: ignore[method-assign]
-            count += 1
-        elif isinstance(module, GLU) and _bare(module.gate, module.up):
-            module.project = partial(at_once, (module.gate, module.up))  # type: ignore[method-assign, assignment]
-            count += 1
-    return count
-
-
-def at_once(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
-    """What each of `layers` makes of x (..., in), by one product."""
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    y = layers[0].multiply(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    made: tuple[Tensor, ...] = y.split([layer.out_features for layer in layers], -1)
-    return made
-
-
-def _heads_at_once(attention: Attention, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor, Ctx]:
-    q, k, v = at_once((attention.q, attention.k, attention.v), x)
-    return q, k, v, ctx
-
-
-def _bare(*layers: nn.Module) -> bool:
-    """Whether these are linear layers without adapters, with biases all or none."""
-    plain = all(type(layer) is Linear for layer in layers)
-    return plain and len({layer.bias is None for layer in layers}) == 1
-
-
-def fuse_products(model: nn.Module) -> int:
-    """Let the linear layers of blocks, and feed-forwards with a GELU in its tanh form, multiply by fast/linear.py.
-
-    In place; returns how many modules were changed. For models in 16 bits on a GPU alone; layers of odd widths, or
-    whose weights stay in float32, are left as they are.
-    """
-    count = 0
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        for module in block.modules():
-            if type(module) is Linear and module.products and linear.suits(*module.weight.shape):
-                module.multiply = linear.multiply
-                count += 1
-            elif type(module) is MLP and _rides(module):
-                module.inner = partial(linear.inner, module)  # type: ignore[method-assign]
-                count += 1
-    return count
-
-
-def _rides(mlp: MLP) -> bool:
-    """Whether a feed-forward is two biased products with a GELU between them and nothing else."""
-    bare = _bare(mlp.up, mlp.down) and mlp.up.bias is not None and linear.suits(*mlp.up.weight.shape)
-    return bare and mlp.act is ACTIVATIONS["gelu_tanh"] and mlp.dropout.p == 0
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:
