@@ -12,9 +12,9 @@ from xtcli.config.preset import load_preset
 from xtcli.model import build
 from xtcli.parts import losses
 from xtcli.parts.outputs import IGNORE
-from xtcli.train.optim import build_optimizer, set_rate
 from xtcli.train.fused import fuse_products
 from xtcli.train.joined import join_products
+from xtcli.train.optim import build_optimizer, set_rate
 from xtcli.train.transforms import compile_blocks
 from xtcli.train.update import FastUpdate, Update
 from xtcli.train.working import Working

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xtcli.config.preset import load_preset
 from xtcli.model import Model, build
-from xtcli.train.lora import adapt
 from xtcli.train.joined import join_products
+from xtcli.train.lora import adapt
 
 ADAPTED = "train.lora={rank: 2}"
 PRESETS: dict[str, tuple[tuple[str, ...], int]] = {
