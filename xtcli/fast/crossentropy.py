@@ -17,40 +17,56 @@ from xtcli.parts.outputs import IGNORE
 BLOCK = 4096
 """Columns that a program holds at once."""
 WARPS = 16
+HELD = 8
+"""Columns of a block that one lane holds: 16 bytes of 16-bit logits."""
+
+
+@triton.jit
+def _gathered(x, most, total, LANES: tl.constexpr, HELD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each lane's highest logit and sum of exp(x - highest) with a block more."""
+    x = tl.reshape(x, (LANES, HELD))
+    higher = tl.maximum(most, tl.max(x, 1))
+    total = total * tl.exp(most - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
+    return higher, total
 
 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
     logits, targets, losses, stride, vocab, width, cap, smoothing,
-    IGNORED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    IGNORED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """The loss of one row of logits, and its slope in their place."""
+    LANES: tl.constexpr = BLOCK // HELD
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * stride
     target = tl.load(targets + row)
     columns = tl.arange(0, BLOCK)
+    whole = vocab // BLOCK * BLOCK
     if target == IGNORED:
         tl.store(losses + row, 0.0)
         for start in range(0, width, BLOCK):
             place = start + columns
             tl.store(at + place, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=place < width)
     else:
-        most = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+        # Lower than any logit, and finite, so that lanes which have seen nothing give no NaN.
+        most = tl.full((LANES,), -1e38, tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
         plain = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            place = start + columns
-            x = tl.load(at + place, mask=place < vocab, other=float("-inf"), eviction_policy="evict_last")
-            x = x.to(tl.float32)
+        for start in range(0, whole, BLOCK):
+            x = tl.load(at + start + columns, eviction_policy="evict_last").to(tl.float32)
             if CAPPED:
-                x = tl.where(place < vocab, capped(x, cap), float("-inf"))
-            higher = tl.maximum(most, x)
-            # A lane that has seen nothing yet has -inf on both sides, which must not become NaN.
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(most - safe) + tl.exp(x - safe)
-            most = higher
+                x = capped(x, cap)
             if SMOOTH:
-                plain += tl.where(place < vocab, x, 0.0)
+                plain += x
+            most, total = _gathered(x, most, total, LANES, HELD)
+        if whole < vocab:
+            inside = whole + columns < vocab
+            x = tl.load(at + whole + columns, mask=inside, other=0.0).to(tl.float32)
+            if CAPPED:
+                x = capped(x, cap)
+            if SMOOTH:
+                plain += x
+            most, total = _gathered(tl.where(inside, x, float("-inf")), most, total, LANES, HELD)
         top = tl.max(most)
         log_sum = top + tl.log(tl.sum(total * tl.exp(most - top)))
         wanted = tl.load(at + target).to(tl.float32)
@@ -62,20 +78,37 @@ def _row(  # type: ignore[no-untyped-def]
         tl.store(losses + row, loss)
         # Every thread has read its part of the row, the target too, before any writes.
         tl.debug_barrier()
-        for start in range(0, width, BLOCK):
-            place = start + columns
-            x = tl.load(at + place, mask=place < vocab, other=float("-inf"), eviction_policy="evict_first")
-            x = x.to(tl.float32)
-            bent = x
-            if CAPPED:
-                bent = tanh(x / cap)
-                x = tl.where(place < vocab, cap * bent, float("-inf"))
-            slope = tl.exp(x - log_sum) - tl.where(place == target, 1.0 - smoothing, 0.0)
-            if SMOOTH:
-                slope -= tl.where(place < vocab, smoothing / vocab, 0.0)
-            if CAPPED:
-                slope = tl.where(place < vocab, slope * (1.0 - bent * bent), 0.0)
+        for start in range(0, whole, BLOCK):
+            x = tl.load(at + start + columns, eviction_policy="evict_first").to(tl.float32)
+            slope = _slope(x, log_sum, cap, smoothing / vocab, CAPPED, SMOOTH)
+            tl.store(at + start + columns, slope.to(logits.dtype.element_ty))
+        if whole < width:
+            place = whole + columns
+            x = tl.load(at + place, mask=place < vocab, other=0.0).to(tl.float32)
+            slope = tl.where(place < vocab, _slope(x, log_sum, cap, smoothing / vocab, CAPPED, SMOOTH), 0.0)
             tl.store(at + place, slope.to(logits.dtype.element_ty), mask=place < width)
+        tl.debug_barrier()
+        aim = tl.exp(wanted - log_sum) - (1.0 - smoothing)
+        if SMOOTH:
+            aim -= smoothing / vocab
+        if CAPPED:
+            aim *= 1.0 - (wanted / cap) * (wanted / cap)
+        tl.store(at + target, aim.to(logits.dtype.element_ty))
+
+
+@triton.jit
+def _slope(x, log_sum, cap, share, CAPPED: tl.constexpr, SMOOTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slope of the loss by logits that are not the target's."""
+    bent = x
+    if CAPPED:
+        bent = tanh(x / cap)
+        x = cap * bent
+    slope = tl.exp(x - log_sum)
+    if SMOOTH:
+        slope -= share
+    if CAPPED:
+        slope *= 1.0 - bent * bent
+    return slope
 
 
 def slab_terms(
@@ -89,6 +122,27 @@ def slab_terms(
     if rows:
         _row[(rows,)](
             logits, targets, losses, logits.stride(0), vocab, width, 1.0 if cap is None else cap, smoothing,
-            IGNORE, cap is not None, smoothing > 0, BLOCK, num_warps=WARPS,
+            IGNORE, cap is not None, smoothing > 0, BLOCK, HELD, num_warps=WARPS,
         )  # fmt: skip
     return losses.sum(), logits
+
+
+@triton.jit
+def _scaled(slope, scale, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    factor = tl.load(scale).to(tl.float32)
+    place = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= count:
+        tl.store(out + place, (tl.load(slope + place).to(tl.float32) * factor).to(out.dtype.element_ty))
+    else:
+        x = tl.load(slope + place, mask=place < count, other=0.0).to(tl.float32)
+        tl.store(out + place, (x * factor).to(out.dtype.element_ty), mask=place < count)
+
+
+def scaled(slope: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """slope times the number `scale`, in `dtype`; `parts.losses.scaled` is the specification."""
+    slope = slope.contiguous()
+    out = torch.empty_like(slope, dtype=dtype)
+    if slope.numel():
+        _scaled[(triton.cdiv(slope.numel(), BLOCK),)](slope, scale, out, slope.numel(), BLOCK, num_warps=8)
+    return out

@@ -12,7 +12,7 @@ Absolute positions are a slot of their own:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -142,8 +142,11 @@ def longest_text(model: nn.Module) -> int | None:
 class Tokens(Embedding):
     """Token ids (or vectors given in their place), positions and segments, normed and dropped out.
 
-    `shares` is True where the table belongs to another part and comes with the context.
+    `shares` is True where the table belongs to another part and comes with the context. `look_up` reads its rows;
+    another that gives the same may stand in its place.
     """
+
+    look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.embedding)
 
     class Config(registry.Config):
         """Token, position and segment embeddings."""
@@ -199,7 +202,7 @@ class Tokens(Embedding):
 
     def read(self, ids: Tensor | None, vectors: Tensor | None, ctx: Ctx) -> Tensor:
         """The vectors of the tokens, scaled."""
-        x = F.embedding(ids, ctx.table) if vectors is None else vectors  # type: ignore[arg-type]
+        x = self.look_up(ids, ctx.table) if vectors is None else vectors  # type: ignore[arg-type]
         scale = self.scale if vectors is None else self.scale_given
         return self.token_dropout(x * scale if scale != 1.0 else x)  # type: ignore[no-any-return]
 

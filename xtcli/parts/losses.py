@@ -32,6 +32,7 @@ ALIGN = 64
 
 Slope = tuple[Tensor, Tensor]
 Terms = Callable[[Tensor, Tensor, "float | None", float, int], Slope]
+Scaled = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: float, vocab: int) -> Slope:
@@ -63,6 +64,11 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
     return losses.masked_fill(~real, 0.0).sum(), slope.to(logits.dtype)
 
 
+def scaled(slope: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """slope times the number `scale`, in `dtype`."""
+    return (slope * scale).to(dtype)
+
+
 def slab_bytes(device: str) -> int:
     """The most bytes of the logits of a slab on a device of this type."""
     if device == "cuda" and torch.cuda.is_available():
@@ -90,6 +96,7 @@ class SlabLoss(torch.autograd.Function):
         cap: float | None,
         smoothing: float,
         terms: Terms,
+        scaled: Scaled,
     ) -> Tensor:
         kind = states.device.type
         narrow = _working_type(states, weight)
@@ -117,15 +124,15 @@ class SlabLoss(torch.autograd.Function):
                 dw = share if dw is None else dw.add_(share)
             if db is not None:
                 db += slope.sum(0, dtype=db.dtype)
-        ctx.types = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.scaled, ctx.types = scaled, (states.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(dx, None if dw is None else dw[:vocab], None if db is None else db[:vocab])
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
         found = zip(ctx.saved_tensors, ctx.types, strict=True)
-        given = (None if slope is None else (slope * scale).to(dtype) for slope, dtype in found)
-        return (*given, None, None, None, None)
+        given = (None if slope is None else ctx.scaled(slope, scale, dtype) for slope, dtype in found)
+        return (*given, None, None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -136,14 +143,16 @@ def linear_cross_entropy(
     cap: float | None = None,
     smoothing: float = 0.0,
     terms: Terms = slab_terms,
+    scaled: Scaled = scaled,
 ) -> Term:
     """`cross_entropy` of the logits of states (..., D) under weight (V, D) and bias (V,), without the logits.
 
-    `cap` bends logits as `cap tanh(logits / cap)`. `terms` computes one slab, and may be a compiled `slab_terms`.
+    `cap` bends logits as `cap tanh(logits / cap)`. `terms` and `scaled` compute one slab, and what the backward pass
+    makes of it; others that give the same may stand in their place.
     """
     flat = targets.reshape(-1)
     rows = states.reshape(-1, states.shape[-1])
-    total: Tensor = SlabLoss.apply(rows, weight, bias, flat, cap, smoothing, terms)  # type: ignore[no-untyped-call]
+    total: Tensor = SlabLoss.apply(rows, weight, bias, flat, cap, smoothing, terms, scaled)  # type: ignore[no-untyped-call]
     return Term(total, (flat != IGNORE).sum())
 
 

@@ -141,7 +141,9 @@ class LanguageModel(Head):
     def summed(self, states: Tensor, table: Tensor | None, targets: Tensor) -> Term:
         """The loss of targets (...) for states (..., D)."""
         states, weight = self.operands(states, table)
-        return linear_cross_entropy(states, weight, self.bias, targets, self.cap, self.smoothing, self.terms)
+        return linear_cross_entropy(
+            states, weight, self.bias, targets, self.cap, self.smoothing, self.terms, self.scaled
+        )
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         out = {"logits": hidden.grouped(self.logits(hidden.states, hidden.table))}
@@ -219,4 +221,4 @@ class MaskedLanguageModel(Head):
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         states, wanted = supervised(hidden.states, targets, hidden.slots)
         states, weight = self.operands(states, hidden.table)
-        return linear_cross_entropy(states, weight, self.bias, wanted, terms=self.terms)
+        return linear_cross_entropy(states, weight, self.bias, wanted, terms=self.terms, scaled=self.scaled)

@@ -4,7 +4,7 @@ ready             all that a run's config asks for
 join_products     one product in place of several that read the same x (joined.py)
 compile_blocks    torch.compile of each block, the last norm and each head's loss; equal blocks share their code
 fuse_products     biases and GELUs of blocks in the same kernels as the products (fused.py)
-slab_kernels      the loss of a slab by a kernel of our own
+end_kernels       kernels of our own for the token tables and the loss of a slab
 checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
 """
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from xtcli import fast
 from xtcli.config.train import TrainConfig
 from xtcli.fast import cublaslt
+from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.stack import Block, Stack
@@ -40,7 +41,7 @@ def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
     if compiles(config, device):
         compile_blocks(model)
     if own:
-        slab_kernels(model)
+        end_kernels(model)
     return model
 
 
@@ -71,14 +72,22 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     return count
 
 
-def slab_kernels(model: nn.Module) -> int:
-    """Give heads whose loss is made by slabs the kernel for it; returns how many. For models on a GPU alone."""
-    from xtcli.fast.crossentropy import slab_terms
+def end_kernels(model: nn.Module) -> int:
+    """Give both ends of a model kernels of our own: the losses that are made by slabs, and the token tables.
 
-    heads = [module for module in model.modules() if isinstance(module, Head) and module.terms is not None]
-    for head in heads:
-        head.terms = slab_terms
-    return len(heads)
+    In place; returns how many modules were changed. For models on a GPU alone.
+    """
+    from xtcli.fast import crossentropy, table
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, Head) and module.terms is not None:
+            module.terms, module.scaled = crossentropy.slab_terms, crossentropy.scaled
+            count += 1
+        elif isinstance(module, Tokens):
+            module.look_up = table.look_up
+            count += 1
+    return count
 
 
 def checkpoint_blocks(model: nn.Module) -> int:

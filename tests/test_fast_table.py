@@ -1,0 +1,88 @@
+"""Rows of a token table by a kernel of our own, in Triton's interpreter, against PyTorch's lookup."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xtcli.config.preset import load_preset
+from xtcli.model import build
+from xtcli.parts.embed import Tokens
+
+pytest.importorskip("triton")
+
+from xtcli.fast.table import FEW, MANY, look_up
+
+DRAWS = {
+    "all apart": lambda n, v: torch.randperm(v)[:n],
+    "some alike": lambda n, v: torch.randint(v, (n,)),
+    "one": lambda n, v: torch.full((n,), v - 1),
+    "two in turn": lambda n, v: torch.arange(n) % 2,
+}
+
+
+def gradient(function: object, ids: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+    leaf = weight.clone().requires_grad_()
+    x = function(ids, leaf)  # type: ignore[operator]
+    torch.testing.assert_close(x, F.embedding(ids, weight), rtol=0, atol=0)
+    x.backward(dy)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(
+    ("shape", "rows", "width"),
+    [((3, 5), 40, 24), ((FEW,), 9, 128), ((FEW + 1,), 9, 200), ((2, MANY), 80, 8), ((FEW + 2 * MANY + 1,), 90, 130)],
+)
+def test_gradients(shape: tuple[int, ...], rows: int, width: int, draw: str) -> None:
+    torch.manual_seed(rows)
+    count = int(torch.Size(shape).numel())
+    ids = DRAWS[draw](count, rows).reshape(shape)
+    weight, dy = torch.randn(rows, width), torch.randn(*shape, width)
+    wanted = gradient(F.embedding, ids, weight, dy)
+    torch.testing.assert_close(gradient(look_up, ids, weight, dy), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_places() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    look_up(torch.zeros(2, 0, dtype=torch.long), weight).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_a_table_that_is_computed() -> None:
+    weight, ids = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 1, 5])
+    look_up(ids, weight * 2).sum().backward()
+    found, weight.grad = weight.grad, None
+    F.embedding(ids, weight * 2).sum().backward()
+    torch.testing.assert_close(found, weight.grad)
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-7b", "t5-small", "bert-base"])
+def test_models(name: str) -> None:
+    """Tied and untied tables, and one that encoder, decoder and head share."""
+    model = build(load_preset(name, ["model.dropout=0"], tiny=True), seed=1).eval()
+    inputs = model.blank(2, 9)
+    generator = torch.Generator().manual_seed(3)
+    for key, value in inputs.items():
+        if key.endswith("input_ids"):
+            inputs[key] = torch.randint(20, value.shape, generator=generator)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        targets = {head: inputs.get("decoder_input_ids", inputs["input_ids"]) for head in ("lm", "mlm")}
+        terms = model.losses(inputs, {head: ids for head, ids in targets.items() if head in model.heads})
+        sum(term.sum for term in terms.values()).backward()
+        return {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
+
+    wanted = gradients()
+    tables = [module for module in model.modules() if isinstance(module, Tokens)]
+    assert tables
+    for table in tables:
+        table.look_up = look_up
+    found = gradients()
+    assert found.keys() == wanted.keys()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
