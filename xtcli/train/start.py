@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def new(
 ) -> tuple[int, Path]:
     """Train a preset from fresh weights or those of `train.init`; returns the exit code and the run's folder."""
     job = make_job(resolved, talk)
+    _choose_kernels(job)
     folder = out or Path("runs") / resolved.name
     talk(check_disk(folder, job.checkpoint_bytes, job.config.keep, best=job.config.keep_best))
     with Stopper() as stopper:
@@ -123,6 +125,7 @@ def resume(
         resolved = _changed(path, overrides, talk)
         folder = run.newest() if checkpoints(path) else None
         job = make_job(resolved, talk, resumed=folder)
+        _choose_kernels(job)
         weights, state, step = None, None, 0
         if folder is not None:
             loaded = load_checkpoint(folder, trainer=True)
@@ -145,6 +148,17 @@ def resume(
         return _go(trainer, stopper), run.path
 
 
+def _choose_kernels(job: Job) -> None:
+    """Kernels that give the same bits each time, where the run asks for them; before its environment is written down.
+
+    cuBLAS needs workspaces of a fixed size for that, and PyTorch refuses its products without (CUDA's manual of cuBLAS,
+    section on reproducibility).
+    """
+    if job.config.deterministic and job.place.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(job.config.deterministic)
+
+
 def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: View, record: Record) -> Trainer:
     config = job.config
     records: list[Record] = [run.metrics.append, record]
@@ -155,7 +169,6 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
         for each in records:
             each(line)
 
-    torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     model: Model = with_weights(job, weights)
     ready(model, config, job.place)
