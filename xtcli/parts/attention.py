@@ -187,8 +187,10 @@ class Attention(Heads):
                 self.scale *= getattr(part_of(member), "share", 1.0)
         self.turn_keys = self.turn_queries = self.place = _unturned
         self.store_turned = True
+        self.rotation: tuple[int, str] | None = None  # which of the stack's, and its layout
         for member in ways.get("turn", ()):
             number = shared.turn(member, scope, self.head_dim)
+            self.rotation = (number, member.layout)  # type: ignore[attr-defined]
             self.store_turned = getattr(shared.turns[number], "static", True)
             turn = TURNS[member.layout]  # type: ignore[attr-defined]
             self.turn_queries = partial(_turn_queries, turn=turn, number=number)
@@ -257,13 +259,17 @@ class Attention(Heads):
             placed = self.place(source, ctx.own_places())
         return q, self.k(placed), self.v(source), ctx
 
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim)."""
+    def prepare(self, x: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor, Ctx]:
+        """Queries (B, H, T, D), all keys and values (B, G, S, D) as they are attended; the mixer's own context."""
         q, k, v, ctx = self.project(x, ctx)
         q = self.turn_queries(self.q_norm(self.split(q, self.heads)), ctx)
         k = self.k_norm(self.split(k, self.groups))
         v = self.split(v, self.groups)
-        k, v = self.recall(k, v, ctx)
+        return q, *self.recall(k, v, ctx), ctx
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """x (B, T, dim) -> (B, T, dim)."""
+        q, k, v, ctx = self.prepare(x, ctx)
         visible = newest(ctx.visible[self.view], k.shape[2])
         if self.relative is not None:
             visible = add_scores(visible, self.relative.scores(q, k, ctx))  # type: ignore[operator]

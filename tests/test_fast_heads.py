@@ -1,0 +1,183 @@
+"""Queries, keys and values of one product: the kernels in Triton's interpreter against their plain twins, and models
+with and without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xtcli.config.preset import load_preset
+from xtcli.config.train import LoraConfig
+from xtcli.fast import heads
+from xtcli.model import build
+from xtcli.parts.attention import Attention
+from xtcli.parts.rotary import turn_half, turn_interleaved
+from xtcli.train.fused import fuse_products
+from xtcli.train.joined import join_products
+from xtcli.train.lora import adapt
+
+pytest.importorskip("triton")
+
+SHAPES = [  # texts, length, heads, groups, width, width that turns, a table of angles for each text
+    (2, 16, 4, 2, 16, 16, False),
+    (2, 5, 4, 4, 8, 8, True),
+    (3, 7, 8, 1, 12, 6, True),
+    (1, 9, 3, 3, 20, 12, False),
+    (2, 4, 6, 2, 16, 4, False),
+]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def angles(length: int, half: int, texts: int) -> tuple[Tensor, Tensor]:
+    angle = 7 * drawn(texts, 1, length, half, seed=9)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_turning(shape: tuple[int, int, int, int, int, int, bool], interleaved: bool) -> None:
+    from xtcli.fast import headkernels
+
+    texts, length, queries, groups, width, turned, each = shape
+    cos, sin = angles(length, turned // 2, texts if each else 1)
+    x, weight = drawn(texts * length, 6, seed=1), drawn((queries + 2 * groups) * width, 6, seed=2)
+    for bias in (None, drawn(len(weight), seed=3)):
+        wanted = torch.ops.xt.turned_product(x, weight, bias, cos, sin, queries, groups, interleaved)
+        own = torch.ops.xt.product(x, weight, bias)
+        for tile in (32, 4096):
+            found = own.clone()
+            cut = headkernels.Cut(tile, 4)
+            headkernels.turn(found.view(texts, length, -1), cos, sin, queries, groups, interleaved, cut)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    q, _, v = heads.apart(own, length, queries, groups)
+    turn = turn_interleaved if interleaved else turn_half
+    first, _, last = heads.apart(wanted, length, queries, groups)
+    torch.testing.assert_close(first, turn(q, cos, sin))
+    assert torch.equal(last, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["none", "half", "interleaved"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_joint_slopes(
+    shape: tuple[int, int, int, int, int, int, bool], kind: str, biased: bool, dtype: torch.dtype
+) -> None:
+    from xtcli.fast import headkernels
+
+    texts, length, queries, groups, width, turned, each = shape
+    cos, sin = (None, None) if kind == "none" else angles(length, turned // 2, texts if each else 1)
+    # In three orders, as kernels of attention leave them.
+    dq = drawn(texts, length, queries, width, seed=1).transpose(1, 2).to(dtype)
+    dk = drawn(texts, groups, length, width, seed=2).to(dtype)
+    dv = drawn(texts, length, groups, width + 4, seed=3).transpose(1, 2)[..., :width].to(dtype)
+    given = (dq, dk, dv, cos, sin, kind == "interleaved", biased)
+    wanted, sums = torch.ops.xt.joint_slope(*given)
+    for cut in (None, headkernels.Cut(32, 4, 2), headkernels.Cut(64, 4)):
+        found, own_sums = headkernels.join(*given, cut)
+        # The interpreter cuts bits off where a GPU rounds.
+        torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+        assert (own_sums is None) == (not biased)
+        if own_sums is not None:
+            torch.testing.assert_close(own_sums, sums, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_nothing_at_all() -> None:
+    from xtcli.fast import headkernels
+
+    empty = torch.zeros(0, 4, 3, 8)
+    joint, sums = headkernels.join(empty, empty, empty, None, None, False, True)
+    assert joint.shape == (0, 96) and sums is not None and torch.equal(sums, torch.zeros(96))
+    headkernels.turn(torch.zeros(0, 3, 96), *angles(3, 4, 1), 4, 4, False)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["none", "half", "interleaved"])
+def test_gradients(kind: str, biased: bool) -> None:
+    texts, length, queries, groups, width, turned, _ = SHAPES[0]
+    x = drawn(texts, length, 6, seed=1).double().requires_grad_()
+    weights = [drawn(n * width, 6, seed=n).double().requires_grad_() for n in (queries, groups, groups)]
+    biases = [drawn(len(weight), seed=5).double().requires_grad_() for weight in weights] if biased else []
+    cos, sin = (table.double() for table in angles(length, turned // 2, 1))
+    turn = None if kind == "none" else (cos, sin, kind == "interleaved")
+
+    def made(x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        return heads.heads_of(x, more[:3], more[3:], turn, queries, groups)
+
+    assert torch.autograd.gradcheck(made, (x, *weights, *biases))
+
+
+MODELS = [
+    ("tinyllama-1.1b", []),
+    ("llama-7b", ["model.stack.position.layout=interleaved", "model.stack.position.fraction=0.5"]),
+    ("llama-7b", ["model.stack.block.sublayers.attn.bias=true"]),
+    ("gpt2-nano", []),
+    ("falcon-7b", []),
+    ("t5-v1.1-base", []),
+    ("bert-base", []),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), MODELS)
+def test_models(name: str, changes: list[str]) -> None:
+    losses, slopes = [], []
+    for own in (False, True):
+        model = build(load_preset(name, ["model.dropout=0", *changes], tiny=True), seed=1).train()
+        with torch.no_grad():
+            for number, weight in enumerate(model.parameters()):
+                weight += 0.1 * drawn(*weight.shape, seed=number)
+        if own:
+            fuse_products(model)
+            join_products(model)
+            mixers = [module for module in model.modules() if type(module) is Attention]
+            assert mixers and all("prepare" in vars(mixer) for mixer in mixers)
+        inputs = model.blank(2, 12)
+        for key, value in inputs.items():
+            if key.endswith("input_ids"):
+                inputs[key] = torch.randint(model.vocab, value.shape, generator=torch.Generator().manual_seed(5))
+        states = model.hidden(**inputs).states
+        loss = (states * drawn(*states.shape, seed=6)).mean()
+        losses.append(loss.detach())
+        slopes.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(slopes[1], slopes[0], strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-8)
+
+
+def replaced(name: str, *changes: str) -> list[bool]:
+    model = build(load_preset(name, list(changes), tiny=True), seed=1)
+    fuse_products(model)
+    join_products(model)
+    return ["prepare" in vars(module) for module in model.modules() if isinstance(module, Attention)]
+
+
+def test_what_stays_plain() -> None:
+    mixer = "model.stack.block.sublayers.attn"
+    assert replaced("llama-7b") == [True, True]
+    assert replaced("llama-7b", f"{mixer}.qk_norm.kind=rms") == [False, False]
+    scaling = "{kind: dynamic, factor: 2.0}"
+    assert replaced("llama-7b", f"model.stack.position.scaling={scaling}") == [False, False]
+
+
+def test_an_adapter_stays_plain() -> None:
+    model = build(load_preset("llama-7b", tiny=True), seed=1)
+    adapt(model, LoraConfig())
+    fuse_products(model)
+    join_products(model)
+    assert not any("prepare" in vars(module) for module in model.modules())
+
+
+def test_a_cache_is_filled_as_before() -> None:
+    model = build(load_preset("llama-7b", tiny=True), seed=1).eval()
+    fuse_products(model)
+    join_products(model)
+    ids = torch.randint(model.vocab, (2, 9), generator=torch.Generator().manual_seed(1))
+    whole = model.hidden(input_ids=ids).states
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(input_ids=ids).states, whole)
