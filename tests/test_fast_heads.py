@@ -6,16 +6,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from xtcli.config.preset import load_preset
 from xtcli.config.train import LoraConfig
-from xtcli.fast import heads
+from xtcli.fast import heads, stacked
 from xtcli.model import build
 from xtcli.parts.attention import Attention
 from xtcli.parts.rotary import turn_half, turn_interleaved
 from xtcli.train.fused import fuse_products
 from xtcli.train.joined import join_products
 from xtcli.train.lora import adapt
+from xtcli.train.transforms import compile_blocks
+from xtcli.train.working import Working
 
 pytest.importorskip("triton")
 
@@ -46,7 +49,7 @@ def test_turning(shape: tuple[int, int, int, int, int, int, bool], interleaved: 
     cos, sin = angles(length, turned // 2, texts if each else 1)
     x, weight = drawn(texts * length, 6, seed=1), drawn((queries + 2 * groups) * width, 6, seed=2)
     for bias in (None, drawn(len(weight), seed=3)):
-        wanted = torch.ops.xt.turned_product(x, weight, bias, cos, sin, queries, groups, interleaved)
+        wanted = torch.ops.xt.turned_product(x, (weight,), bias, cos, sin, queries, groups, interleaved)
         own = torch.ops.xt.product(x, weight, bias)
         for tile in (32, 4096):
             found = own.clone()
@@ -181,3 +184,52 @@ def test_a_cache_is_filled_as_before() -> None:
     whole = model.hidden(input_ids=ids).states
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(input_ids=ids).states, whole)
+
+
+def test_weights_that_follow_one_another_are_read_where_they_are() -> None:
+    weights = [drawn(rows, 4, seed=rows) for rows in (3, 2, 5)]
+    laid = stacked.laid_out(weights, torch.bfloat16)
+    joint = stacked.stacked(laid)
+    assert joint.data_ptr() == laid[0].data_ptr()
+    assert torch.equal(joint, torch.cat(weights).bfloat16())
+    for given in (weights, laid[::-1], [laid[0], laid[2]]):
+        apart = stacked.stacked(given)
+        assert torch.equal(apart, torch.cat(given)) and apart.data_ptr() != given[0].data_ptr()
+
+
+@pytest.mark.parametrize("name", ["tinyllama-1.1b", "gpt2-nano"])
+def test_working_copies_follow_one_another(name: str) -> None:
+    model = build(load_preset(name, tiny=True), seed=1)
+    fuse_products(model)
+    join_products(model)
+    working = Working(model, torch.bfloat16)
+    with working.lent():
+        for module in model.modules():
+            weights = [layer.weight for layer in getattr(module, "joined", ())]
+            if weights:
+                assert stacked.stacked(weights).data_ptr() == weights[0].data_ptr()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1.0
+    working.refresh()
+    for master, copy in zip(working.masters, working.copies, strict=True):
+        assert torch.equal(copy, master.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["tinyllama-1.1b", "gpt2-nano"])
+def test_equal_blocks_share_what_is_compiled(name: str) -> None:
+    found = []
+    for layers in (2, 5):
+        torch._dynamo.reset()
+        counters.clear()
+        model = build(load_preset(name, ["model.dropout=0", f"model.stack.layers={layers}"], tiny=True), seed=1).train()
+        fuse_products(model)
+        join_products(model)
+        compile_blocks(model, backend="aot_eager")
+        working = Working(model, torch.bfloat16)
+        for _ in range(2):
+            with working.lent(), torch.autocast("cpu", dtype=torch.bfloat16):
+                model.hidden(**model.blank(2, 16)).states.sum().backward()
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[1] < 5
+    assert not counters["graph_break"], dict(counters["graph_break"])

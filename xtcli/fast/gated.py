@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli.fast.stacked import slopes
 from xtcli.parts.activations import ACTIVATIONS
 from xtcli.parts.linear import widen
 
@@ -84,25 +85,25 @@ def _(p: Tensor, dh: Tensor, act: str) -> tuple[Tensor, Tensor]:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, down_bias: Tensor | None, act: str
+        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, last: Tensor | None, act: str
     ) -> Tensor:
-        p = torch.ops.xt.product(x, weight, bias)
-        ctx.save_for_backward(x, weight, down, p)
+        p = torch.ops.xt.stacked_product(x, (gate, up), bias)
+        ctx.save_for_backward(x, gate, up, down, p)
         ctx.act = act
-        return torch.ops.xt.product(torch.ops.xt.gated(p, act), down, down_bias)  # type: ignore[no-any-return]
+        return torch.ops.xt.product(torch.ops.xt.gated(p, act), down, last)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, down, p = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_down, for_down_bias, _ = ctx.needs_input_grad
+        x, gate, up, down, p = ctx.saved_tensors
+        for_x, for_gate, for_up, for_bias, for_down, for_last, _ = ctx.needs_input_grad
         dy = dy.contiguous()
         dp, h = torch.ops.xt.gated_slope(p, torch.ops.xt.back(dy, down), ctx.act)
         return (
-            torch.ops.xt.back(dp, weight) if for_x else None,
-            torch.ops.xt.slope(dp, x) if for_weight else None,
+            torch.ops.xt.stacked_back(dp, (gate, up)) if for_x else None,
+            *slopes(dp, x, (gate, up), (for_gate, for_up)),
             dp.sum(0) if for_bias else None,
             torch.ops.xt.slope(dy, h) if for_down else None,
-            dy.sum(0) if for_down_bias else None,
+            dy.sum(0) if for_last else None,
             None,
         )
 
@@ -112,12 +113,10 @@ def feed_forward(
 ) -> Tensor:
     """x (..., K), the weights of gate and up (F, K) and their biases or none, down (K, F) -> (..., K), in the type of
     the weights."""
-    weight = torch.cat(tuple(weights))
-    kind = weight.dtype
+    kind = down.dtype
     bias = torch.cat(tuple(biases)).to(kind) if biases else None
-    rows = x.reshape(-1, x.shape[-1]).to(kind)
     last = None if down_bias is None else down_bias.to(kind)
-    y: Tensor = _Gated.apply(rows, weight, bias, down, last, act)  # type: ignore[no-untyped-call]
+    y: Tensor = _Gated.apply(x.reshape(-1, x.shape[-1]).to(kind), *weights, bias, down, last, act)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.fast.stacked import slopes, stacked
 from xtcli.parts.linear import widen
 from xtcli.parts.rotary import turn_half, turn_interleaved
 
@@ -42,30 +43,33 @@ def _together(*parts: Tensor) -> Tensor:
 
 @torch.library.custom_op("xt::turned_product", mutates_args=(), device_types="cpu")
 def turned_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int, interleaved: bool
-) -> Tensor:
-    """x (N, K), weight ((H + 2 G) D, K), bias or None, cos and sin (B|1, 1, T, r / 2) -> (N, (H + 2 G) D)."""
-    q, k, v = apart(F.linear(x, weight, bias), cos.shape[2], heads, groups)
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """x (N, K), weights of (H + 2 G) D rows, bias or None, cos and sin (B|1, 1, T, r / 2) -> (N, (H + 2 G) D)."""
+    q, k, v = apart(F.linear(x, stacked(weights), bias), cos.shape[2], heads, groups)
     turn = turn_interleaved if interleaved else turn_half
     return _together(turn(q, cos, sin).to(x.dtype), turn(k, cos, sin).to(x.dtype), v)
 
 
 @turned_product.register_kernel("cuda")
 def _turned_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int, interleaved: bool
-) -> Tensor:
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
     from xtcli.fast import headkernels
 
-    joint: Tensor = torch.ops.xt.product(x, weight, bias)
+    joint: Tensor = torch.ops.xt.product(x, stacked(weights), bias)
     headkernels.turn(joint, cos, sin, heads, groups, interleaved)
     return joint
 
 
 @turned_product.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int, interleaved: bool
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 @torch.library.custom_op("xt::joint_slope", mutates_args=(), device_types="cpu")
@@ -108,26 +112,25 @@ def _no_sums(joint: Tensor) -> Tensor:
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, length: int,
-        heads: int, groups: int, interleaved: bool,
+        ctx: Any, x: Tensor, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+        sizes: tuple[int, int, int], *weights: Tensor,
     ) -> Any:  # fmt: skip
-        added = None if bias is None else bias.to(weight.dtype)
+        added = None if bias is None else bias.to(x.dtype)
         if cos is None:
-            joint = torch.ops.xt.product(x, weight, added)
+            joint = torch.ops.xt.stacked_product(x, weights, added)
         else:
-            joint = torch.ops.xt.turned_product(x, weight, added, cos, sin, heads, groups, interleaved)
-        ctx.save_for_backward(x, weight, cos, sin)
+            joint = torch.ops.xt.turned_product(x, weights, added, cos, sin, *sizes[1:], interleaved)
+        ctx.save_for_backward(x, cos, sin, *weights)
         ctx.interleaved = interleaved
-        return apart(joint, length, heads, groups)
+        return apart(joint, *sizes)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-        x, weight, cos, sin = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        x, cos, sin, *weights = ctx.saved_tensors
+        for_x, for_bias, _, _, _, _, *for_weights = ctx.needs_input_grad
         dp, sums = torch.ops.xt.joint_slope(dq, dk, dv, cos, sin, ctx.interleaved, for_bias)
-        dx = torch.ops.xt.back(dp, weight) if for_x else None
-        dw = torch.ops.xt.slope(dp, x) if for_weight else None
-        return dx, dw, sums if for_bias else None, None, None, None, None, None, None
+        dx = torch.ops.xt.stacked_back(dp, weights) if for_x else None
+        return dx, sums if for_bias else None, None, None, None, None, *slopes(dp, x, weights, for_weights)
 
 
 def heads_of(
@@ -140,9 +143,8 @@ def heads_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, T, K), the weights of q, k and v (their width, K), their biases or none, cos and sin (B|1, 1, T, r / 2) and
     whether neighbours turn -> turned queries (B, H, T, D) and keys (B, G, T, D), values (B, G, T, D)."""
-    weight = torch.cat(tuple(weights))
     bias = torch.cat(tuple(biases)) if biases else None
-    cos, sin, interleaved = turn or (None, None, False)
-    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    q, k, v = _Heads.apply(rows, weight, bias, cos, sin, x.shape[1], heads, groups, interleaved)  # type: ignore[no-untyped-call]
+    rows = x.reshape(-1, x.shape[-1]).to(weights[0].dtype)
+    sizes = (x.shape[1], heads, groups)
+    q, k, v = _Heads.apply(rows, bias, *(turn or (None, None, False)), sizes, *weights)  # type: ignore[no-untyped-call]
     return q, k, v

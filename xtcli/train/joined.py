@@ -30,12 +30,14 @@ def join_products(model: nn.Module) -> int:
         if isinstance(module, Attention) and module.reads_one and bare(module.q, module.k, module.v):
             if _turns(module):
                 module.prepare = partial(_prepare, module)  # type: ignore[method-assign]
+                module.joined = (module.q, module.k, module.v)  # type: ignore[assignment]
             module.project = partial(_heads_at_once, module)  # type: ignore[method-assign]
             count += 1
         elif isinstance(module, GLU) and bare(module.gate, module.up):
             name = _gates(module)
             if name is not None:
                 module.inner = partial(_inner, module, name)  # type: ignore[method-assign]
+                module.joined = (module.gate, module.up)  # type: ignore[assignment]
             module.project = partial(at_once, (module.gate, module.up))  # type: ignore[method-assign, assignment]
             count += 1
     return count

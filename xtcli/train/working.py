@@ -18,6 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from xtcli.fast.stacked import laid_out
+
 
 class Working:
     """The copies of one model in `dtype`; with float32 there are none and nothing changes.
@@ -32,13 +34,15 @@ class Working:
         if dtype.itemsize >= 4:
             return
         made: dict[nn.Parameter, nn.Parameter] = {}
+        laid = _laid_out(model, dtype)
         for module in model.modules():
             for name in getattr(module, "products", ()):
                 master = module._parameters[name]
                 if master is None:
                     continue
                 if master not in made:
-                    made[master] = copy = nn.Parameter(master.detach().to(dtype), master.requires_grad)
+                    narrow = laid[master] if master in laid else master.detach().to(dtype)
+                    made[master] = copy = nn.Parameter(narrow, master.requires_grad)
                     if master.requires_grad:
                         if several:
                             copy.register_post_accumulate_grad_hook(partial(_hand_on, master))
@@ -73,6 +77,16 @@ class Working:
         finally:
             for module, name, master, _ in self.places:
                 module._parameters[name] = master
+
+
+def _laid_out(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
+    """Copies of weights that enter one product (`joined`, set by joined.py), one behind the other in memory."""
+    laid: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        weights = [layer.weight for layer in getattr(module, "joined", ())]
+        if weights and not any(weight in laid for weight in weights):
+            laid |= zip(weights, laid_out(weights, dtype), strict=True)
+    return laid
 
 
 def _hand_on(master: Tensor, copy: Tensor) -> None:
