@@ -34,6 +34,8 @@ def test_kernels(act: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     # The interpreter cuts bits off where a GPU rounds.
     close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-4}
     wanted, slope_wanted = torch.ops.xt.gated(p, act), torch.ops.xt.gated_slope(p, dh, act)
+    assert torch.equal(gated._gated(p, act), gatekernels.forward(p, act))
+    assert all(map(torch.equal, gated._gated_slope(p, dh, act), gatekernels.backward(p, dh, act)))
     for cut in (None, gatekernels.Cut(256, 64, 4)):
         torch.testing.assert_close(gatekernels.forward(p, act, cut), wanted, **close)
         for mine, theirs in zip(gatekernels.backward(p, dh, act, cut), slope_wanted, strict=True):

@@ -50,11 +50,13 @@ def test_turning(shape: tuple[int, int, int, int, int, int, bool], interleaved: 
     x, weight = drawn(texts * length, 6, seed=1), drawn((queries + 2 * groups) * width, 6, seed=2)
     for bias in (None, drawn(len(weight), seed=3)):
         wanted = torch.ops.xt.turned_product(x, (weight,), bias, cos, sin, queries, groups, interleaved)
+        on_gpu = heads._turned_product(x, (weight,), bias, cos, sin, queries, groups, interleaved)
+        torch.testing.assert_close(on_gpu, wanted, rtol=1e-6, atol=1e-6)
         own = torch.ops.xt.product(x, weight, bias)
         for tile in (32, 4096):
             found = own.clone()
             cut = headkernels.Cut(tile, 4)
-            headkernels.turn(found.view(texts, length, -1), cos, sin, queries, groups, interleaved, cut)
+            headkernels.turn(found, cos, sin, queries, groups, interleaved, cut)
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     q, _, v = heads.apart(own, length, queries, groups)
     turn = turn_interleaved if interleaved else turn_half
@@ -80,6 +82,8 @@ def test_joint_slopes(
     dv = drawn(texts, length, groups, width + 4, seed=3).transpose(1, 2)[..., :width].to(dtype)
     given = (dq, dk, dv, cos, sin, kind == "interleaved", biased)
     wanted, sums = torch.ops.xt.joint_slope(*given)
+    on_gpu = heads._joint_slope(*given)
+    assert [made.shape for made in on_gpu] == [made.shape for made in (wanted, sums)]
     for cut in (None, headkernels.Cut(32, 4, 2), headkernels.Cut(64, 4)):
         found, own_sums = headkernels.join(*given, cut)
         # The interpreter cuts bits off where a GPU rounds.
@@ -95,7 +99,7 @@ def test_nothing_at_all() -> None:
     empty = torch.zeros(0, 4, 3, 8)
     joint, sums = headkernels.join(empty, empty, empty, None, None, False, True)
     assert joint.shape == (0, 96) and sums is not None and torch.equal(sums, torch.zeros(96))
-    headkernels.turn(torch.zeros(0, 3, 96), *angles(3, 4, 1), 4, 4, False)
+    headkernels.turn(torch.zeros(0, 96), *angles(3, 4, 1), 4, 4, False)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -171,13 +171,13 @@ def _join(  # type: ignore[no-untyped-def]
 def turn(
     joint: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, interleaved: bool, cut: Cut | None = None
 ) -> None:
-    """Turns, in place, the first `heads` + `groups` of the heads in joint (B, T, (heads + 2 groups) D)."""
-    texts, length, wide = joint.shape
+    """Turns, in place, the first `heads` + `groups` of the heads in joint (B T, (heads + 2 groups) D) by the angles of
+    cos and sin (B|1, 1, T, r / 2)."""
+    (count, wide), length = joint.shape, cos.shape[2]
     width = wide // (heads + 2 * groups)
     cut = cut or Cut(4096, 4)
     half, few = cos.shape[-1], together(heads, groups, width)
     rows = _rows(cut.tile, few, width)
-    count = texts * length
     tiles = -(-count // rows)
     programs = _programs(tiles, (heads + groups) // few, cut, joint.device)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -245,6 +245,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 def _programs(tiles: int, chunks: int, cut: Cut, device: torch.device) -> int:
     if not cut.programs:
-        return tiles
+        # The second axis of a grid ends there.
+        return min(tiles, 65535)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
     return min(tiles, -(-cut.programs * processors // chunks))
