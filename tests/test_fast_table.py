@@ -13,13 +13,14 @@ from xtcli.parts.embed import Tokens
 
 pytest.importorskip("triton")
 
-from xtcli.fast.table import FEW, MANY, look_up
+from xtcli.fast.table import PARTS, TILE, look_up
 
 DRAWS = {
     "all apart": lambda n, v: torch.randperm(v)[:n],
     "some alike": lambda n, v: torch.randint(v, (n,)),
     "one": lambda n, v: torch.full((n,), v - 1),
     "two in turn": lambda n, v: torch.arange(n) % 2,
+    "three, one of them often": lambda n, v: torch.arange(n).clamp(max=n - 3),
 }
 
 
@@ -35,7 +36,7 @@ def gradient(function: object, ids: Tensor, weight: Tensor, dy: Tensor) -> Tenso
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize(
     ("shape", "rows", "width"),
-    [((3, 5), 40, 24), ((FEW,), 9, 128), ((FEW + 1,), 9, 200), ((2, MANY), 80, 8), ((FEW + 2 * MANY + 1,), 90, 130)],
+    [((3, 5), 40, 24), ((TILE,), 90, 128), ((TILE + 1,), 90, 200), ((2, TILE), 150, 8), ((3 * TILE - 1,), 200, 130)],
 )
 def test_gradients(shape: tuple[int, ...], rows: int, width: int, draw: str) -> None:
     torch.manual_seed(rows)
@@ -44,6 +45,14 @@ def test_gradients(shape: tuple[int, ...], rows: int, width: int, draw: str) -> 
     weight, dy = torch.randn(rows, width), torch.randn(*shape, width)
     wanted = gradient(F.embedding, ids, weight, dy)
     torch.testing.assert_close(gradient(look_up, ids, weight, dy), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tiles", [PARTS, PARTS + 1, 2 * PARTS + 3])
+def test_a_number_that_fills_many_tiles(tiles: int) -> None:
+    ids = torch.cat((torch.tensor([0, 1, 2]), torch.full((tiles * TILE,), 3), torch.tensor([4, 4])))
+    weight, dy = torch.randn(6, 8), torch.randn(len(ids), 8)
+    wanted = gradient(F.embedding, ids, weight, dy)
+    torch.testing.assert_close(gradient(look_up, ids, weight, dy), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_no_places() -> None:
@@ -85,4 +94,6 @@ def test_models(name: str) -> None:
     found = gradients()
     assert found.keys() == wanted.keys()
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            gradient, wanted[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )

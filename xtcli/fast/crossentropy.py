@@ -14,9 +14,9 @@ from torch import Tensor
 from xtcli.fast.lanes import capped, tanh
 from xtcli.parts.outputs import IGNORE
 
-BLOCK = 4096
+BLOCK = 8192
 """Columns that a program holds at once."""
-WARPS = 16
+WARPS = 32
 HELD = 8
 """Columns of a block that one lane holds: 16 bytes of 16-bit logits."""
 
