@@ -4,7 +4,8 @@
 
 What takes time is reading the weights once, by products of a matrix and a vector; all else is to stay small beside
 that. The residual sum is the start of the product's own sum, keys are read from the slots in use alone, and what can
-be is settled before the first step. The specification is the model's own parts.
+be is settled before the first step. Where the C kernels are there, a step is one call of them (cpu/decode.py). The
+specification is the model's own parts.
 
 Axes as in plan.py; one row, so vectors are (K,).
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.fast.cpu import decode
 from xtcli.fast.engine import Step
 from xtcli.fast.plan import Layer, Matrix, Norm, Plan, Turn, Unplanned
 from xtcli.fast.twins import likeliest
@@ -39,6 +41,8 @@ class Lean(Step):
         self.layers = made
         self.norm = _norm(plan.norm)
         self.head = _whole(plan.head)
+        caches = [(layer.keys, layer.values) for layer in made]
+        self.native = decode.Native(plan, caches, capacity) if decode.takes(plan) else None
 
     def begin(self, state: ModelState, tokens: Tensor, width: int, pads: Tensor | None) -> None:
         super().begin(state, tokens, width, pads)
@@ -52,6 +56,8 @@ class Lean(Step):
     def logits(self) -> Tensor:
         plan = self.plan
         slot, pad = int(self.slots[0]), int(self.pads[0])
+        if self.native is not None:
+            return self.native(int(self.tokens[0]), slot, pad)[None]
         place = max(slot - pad, 0)
         x = plan.table[int(self.tokens[0])]
         x = x * plan.scale if plan.scale != 1.0 else x

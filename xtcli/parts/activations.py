@@ -7,12 +7,13 @@ rounded as older checkpoints have it, `gelu_10` gelu up to 10, `quick_gelu` x si
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from xtcli.fast.cpu import pointwise
 
 Activation = Literal[
     "gelu",
@@ -32,6 +33,14 @@ Activation = Literal[
     "laplace",
     "identity",
 ]
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return pointwise.gelu(x, "gelu") if pointwise.takes(x) else F.gelu(x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return pointwise.gelu(x, "gelu_tanh") if pointwise.takes(x) else F.gelu(x, approximate="tanh")
 
 
 def _gelu_fast(x: Tensor) -> Tensor:
@@ -59,8 +68,8 @@ def _identity(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
     "gelu_fast": _gelu_fast,
     "gelu_10": _gelu_10,
     "quick_gelu": _quick_gelu,

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.fast.cpu import attention as oncpu
 from xtcli.parts import blockmasks, slides
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import widen
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropout: float) -> Tensor:
-    """PyTorch's kernels; which of them, says routes.py."""
+    """PyTorch's kernels, or ours; which of them, says routes.py."""
     if visible.blocks is not None:
         if dropout:
             raise AssertionError("a mask by blocks leaves no weights to drop")
         return blockmasks.attend(q, k, v, visible.blocks, scale)
     if visible.sliding is not None:
         return slides.attend(q, k, v, visible.sliding, scale, dropout)
+    if q.device.type == "cpu" and oncpu.takes(q, k, v, visible, dropout):
+        return oncpu.attend(q, k, v, visible, scale)
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -7,6 +7,7 @@
     a learned bias of the distance, training   fast/distance.py, without a bias of all pairs
     other scores that are added and learned    PyTorch's attention: of its kernels the one that gives their gradient
     scores that are not softmax                tensors (`kernels.plain`)
+    float32 on a CPU, no dropout               kernels of our own in C (fast/cpu/attention.py), up to a length
 
 PyTorch chooses among its own kernels by itself; on one H100 its choice was the fastest of them wherever it was measured
 (docs/log.md). FlexAttention is compiled for each shape and mask, which takes about ten seconds: that pays in training.
