@@ -111,4 +111,4 @@ class _LookUp(torch.autograd.Function):
 
 def look_up(ids: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding`: ids (...,), weight (V, D) -> (..., D)."""
-    return _LookUp.apply(ids, weight) if torch.is_grad_enabled() else F.embedding(ids, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return _LookUp.apply(ids, weight) if torch.is_grad_enabled() else F.embedding(ids, weight)  # type: ignore[no-untyped-call]
