@@ -8,7 +8,8 @@ compiled code does not look into; behind the last counted row it gives zeros. (`
 same in fewer lines, and load the compiler at the first call.)
 
 One product after the other needs the counts on the host, which makes a GPU wait. Where PyTorch has a kernel for all of
-them at once, in bfloat16 on GPUs of compute capability 9.0, the counts stay where they are.
+them at once, in bfloat16 on GPUs of compute capability 9.0, the counts stay where they are; so they do for a few rows,
+which have a kernel of ours (fast/fewrows.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from xtcli import registry
+from xtcli import fast, registry
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.linear import Role
 from xtcli.parts.scope import Scope
@@ -100,7 +101,14 @@ def _aligned(x: Tensor) -> bool:
 
 @torch.library.impl("xtcli::grouped_linear", DEVICES)
 def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return (linear_at_once if fits_at_once(x, weight) else linear_by_one)(x, weight, counts)
+    if fits_at_once(x, weight):
+        return linear_at_once(x, weight, counts)
+    if fast.runs_on(x.device):
+        from xtcli.fast import fewrows
+
+        if fewrows.suits(x, weight):
+            return fewrows.few_rows(x, weight, counts)
+    return linear_by_one(x, weight, counts)
 
 
 @torch.library.impl("xtcli::grouped_outer", DEVICES)
