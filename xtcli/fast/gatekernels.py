@@ -70,7 +70,7 @@ def forward(joint: Tensor, act: str, cut: Cut | None = None) -> Tensor:
     count, width = joint.shape[0], joint.shape[1] // 2
     h = joint.new_empty(count, width)
     if count:
-        rows, columns, grid, warps = _cut(count, width, cut or Cut(4096, 1024, 8))
+        rows, columns, grid, warps = _cut(count, width, cut or Cut(2048, 1024, 4))
         even = count % rows == 0 and width % columns == 0
         _gated[grid](joint, h, count, width, act, rows, columns, even, num_warps=warps)
     return h
@@ -81,7 +81,7 @@ def backward(joint: Tensor, dh: Tensor, act: str, cut: Cut | None = None) -> tup
     count, width = dh.shape
     slope, h = torch.empty_like(joint), torch.empty_like(dh)
     if count:
-        rows, columns, grid, warps = _cut(count, width, cut or Cut(4096, 1024, 8))
+        rows, columns, grid, warps = _cut(count, width, cut or Cut(2048, 1024, 4))
         even = count % rows == 0 and width % columns == 0
         _gated_back[grid](joint, dh, slope, h, count, width, act, rows, columns, even, num_warps=warps)
     return slope, h

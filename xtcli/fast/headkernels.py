@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast.normkernels import total
+
 
 class Cut(NamedTuple):
     """Elements of a tile, warps, and programs for each multiprocessor (0: one for each tile)."""
@@ -175,7 +177,7 @@ def turn(
     cos and sin (B|1, 1, T, r / 2)."""
     (count, wide), length = joint.shape, cos.shape[2]
     width = wide // (heads + 2 * groups)
-    cut = cut or Cut(4096, 4)
+    cut = cut or Cut(2048, 4)
     half, few = cos.shape[-1], together(heads, groups, width)
     rows = _rows(cut.tile, few, width)
     tiles = -(-count // rows)
@@ -202,7 +204,7 @@ def join(
     """dq (B, H, T, D), dk and dv (B, G, T, D) -> turned back and joined (B T, (H + 2 G) D), and its sums over rows."""
     dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
     (texts, heads, length, width), groups = dq.shape, dk.shape[1]
-    cut = cut or (Cut(4096, 4, 4) if biased else Cut(4096, 4))
+    cut = cut or (Cut(4096, 4, 4) if biased else Cut(2048, 4))
     half, few = cos.shape[-1] if cos is not None else 0, together(heads, groups, width)
     rows = _rows(cut.tile, few, width)
     count, wide = texts * length, (heads + 2 * groups) * width
@@ -221,7 +223,7 @@ def join(
         kind, width, half, _lanes(half if kind else width), _lanes(width), _lanes(width - 2 * half), rows, few,
         sums is not None, count % rows == 0, num_warps=cut.warps,
     )  # fmt: skip
-    return joint, None if sums is None else sums.sum(0)
+    return joint, None if sums is None else total(sums)
 
 
 def together(heads: int, groups: int, width: int) -> int:
