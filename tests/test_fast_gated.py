@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from joined_models import assert_alike, built, drawn, replaced
 from torch import Tensor
 
-from xtcli.config.preset import load_preset
 from xtcli.fast import gated
-from xtcli.model import build
 from xtcli.parts.activations import ACTIVATIONS
 from xtcli.parts.ffn import GLU
-from xtcli.train.fused import fuse_products
-from xtcli.train.joined import join_products
 
 pytest.importorskip("triton")
 
 SHAPES = [(8, 256), (5, 64), (3, 40), (9, 24), (0, 8)]
-
-
-def drawn(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,37 +74,11 @@ MODELS = [
 
 @pytest.mark.parametrize(("name", "changes"), MODELS)
 def test_models(name: str, changes: list[str]) -> None:
-    losses, slopes = [], []
-    for own in (False, True):
-        model = build(load_preset(name, ["model.dropout=0", *changes], tiny=True), seed=1).train()
-        with torch.no_grad():
-            for number, weight in enumerate(model.parameters()):
-                weight += 0.1 * drawn(*weight.shape, seed=number)
-        if own:
-            fuse_products(model)
-            join_products(model)
-            units = [module for module in model.modules() if type(module) is GLU]
-            assert units and all("inner" in vars(unit) for unit in units)
-        inputs = model.blank(2, 12)
-        for key, value in inputs.items():
-            if key.endswith("input_ids"):
-                inputs[key] = torch.randint(model.vocab, value.shape, generator=torch.Generator().manual_seed(5))
-        states = model.hidden(**inputs).states
-        loss = (states * drawn(*states.shape, seed=6)).mean()
-        losses.append(loss.detach())
-        slopes.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
-        with torch.no_grad():
-            torch.testing.assert_close(model.hidden(**inputs).states, states, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(slopes[1], slopes[0], strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-8)
+    model = built(name, changes)
+    assert all(replaced(model, GLU, "inner"))
+    assert_alike(built(name, changes, own=False), model)
 
 
 @pytest.mark.parametrize("change", ["dropout=0.1", "act=mish"])
 def test_what_stays_plain(change: str) -> None:
-    model = build(load_preset("llama-7b", [f"{FFN}.{change}"], tiny=True), seed=1)
-    fuse_products(model)
-    join_products(model)
-    assert not any("inner" in vars(module) for module in model.modules())
+    assert not any(replaced(built("llama-7b", [f"{FFN}.{change}"]), GLU, "inner"))

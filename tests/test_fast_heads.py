@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from joined_models import assert_alike, built, drawn, replaced
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from xtcli.config.preset import load_preset
 from xtcli.config.train import LoraConfig
 from xtcli.fast import heads, stacked
-from xtcli.model import build
 from xtcli.parts.attention import Attention
 from xtcli.parts.rotary import turn_half, turn_interleaved
 from xtcli.train.fused import fuse_products
@@ -29,10 +28,6 @@ SHAPES = [  # texts, length, heads, groups, width, width that turns, a table of 
     (1, 9, 3, 3, 20, 12, False),
     (2, 4, 6, 2, 16, 4, False),
 ]
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def angles(length: int, half: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -131,63 +126,32 @@ MODELS = [
 
 @pytest.mark.parametrize(("name", "changes"), MODELS)
 def test_models(name: str, changes: list[str]) -> None:
-    losses, slopes = [], []
-    for own in (False, True):
-        model = build(load_preset(name, ["model.dropout=0", *changes], tiny=True), seed=1).train()
-        with torch.no_grad():
-            for number, weight in enumerate(model.parameters()):
-                weight += 0.1 * drawn(*weight.shape, seed=number)
-        if own:
-            fuse_products(model)
-            join_products(model)
-            mixers = [module for module in model.modules() if type(module) is Attention]
-            assert mixers and all("prepare" in vars(mixer) for mixer in mixers)
-        inputs = model.blank(2, 12)
-        for key, value in inputs.items():
-            if key.endswith("input_ids"):
-                inputs[key] = torch.randint(model.vocab, value.shape, generator=torch.Generator().manual_seed(5))
-        states = model.hidden(**inputs).states
-        loss = (states * drawn(*states.shape, seed=6)).mean()
-        losses.append(loss.detach())
-        slopes.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(slopes[1], slopes[0], strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-8)
+    model = built(name, changes)
+    assert all(replaced(model, Attention, "prepare"))
+    assert_alike(built(name, changes, own=False), model)
 
 
-def replaced(name: str, *changes: str) -> list[bool]:
-    model = build(load_preset(name, list(changes), tiny=True), seed=1)
-    fuse_products(model)
-    join_products(model)
-    return ["prepare" in vars(module) for module in model.modules() if isinstance(module, Attention)]
+ATTN = "model.stack.block.sublayers.attn"
 
 
-def test_what_stays_plain() -> None:
-    mixer = "model.stack.block.sublayers.attn"
-    assert replaced("llama-7b") == [True, True]
-    assert replaced("llama-7b", f"{mixer}.qk_norm.kind=rms") == [False, False]
-    scaling = "{kind: dynamic, factor: 2.0}"
-    assert replaced("llama-7b", f"model.stack.position.scaling={scaling}") == [False, False]
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (f"{ATTN}.dropout=0.1", True),
+        (f"{ATTN}.qk_norm.kind=rms", False),
+        ("model.stack.position.scaling={kind: dynamic, factor: 2.0}", False),
+    ],
+)
+def test_what_is_replaced(change: str, wanted: bool) -> None:
+    assert replaced(built("llama-7b", [change]), Attention, "prepare") == [wanted] * 2
 
 
 def test_an_adapter_stays_plain() -> None:
-    model = build(load_preset("llama-7b", tiny=True), seed=1)
+    model = built("llama-7b", own=False)
     adapt(model, LoraConfig())
     fuse_products(model)
     join_products(model)
-    assert not any("prepare" in vars(module) for module in model.modules())
-
-
-def test_a_cache_is_filled_as_before() -> None:
-    model = build(load_preset("llama-7b", tiny=True), seed=1).eval()
-    fuse_products(model)
-    join_products(model)
-    ids = torch.randint(model.vocab, (2, 9), generator=torch.Generator().manual_seed(1))
-    whole = model.hidden(input_ids=ids).states
-    with torch.no_grad():
-        torch.testing.assert_close(model.hidden(input_ids=ids).states, whole)
+    assert not any(replaced(model, Attention, "prepare"))
 
 
 def test_weights_that_follow_one_another_are_read_where_they_are() -> None:
@@ -203,9 +167,7 @@ def test_weights_that_follow_one_another_are_read_where_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["tinyllama-1.1b", "gpt2-nano"])
 def test_working_copies_follow_one_another(name: str) -> None:
-    model = build(load_preset(name, tiny=True), seed=1)
-    fuse_products(model)
-    join_products(model)
+    model = built(name)
     working = Working(model, torch.bfloat16)
     with working.lent():
         for module in model.modules():
@@ -226,9 +188,7 @@ def test_equal_blocks_share_what_is_compiled(name: str) -> None:
     for layers in (2, 5):
         torch._dynamo.reset()
         counters.clear()
-        model = build(load_preset(name, ["model.dropout=0", f"model.stack.layers={layers}"], tiny=True), seed=1).train()
-        fuse_products(model)
-        join_products(model)
+        model = built(name, [f"model.stack.layers={layers}"])
         compile_blocks(model, backend="aot_eager")
         working = Working(model, torch.bfloat16)
         for _ in range(2):
