@@ -1,11 +1,13 @@
-"""Linear layers whose biases ride on the matrix products.
+"""Linear layers, and feed-forwards with a GELU, whose biases and activations ride on the matrix products.
 
     y  = x W^T (+ b)             dx = dy W       dW = dy^T x          in one kernel each
+    h  = gelu(p),  p = x W^T + b                                      in one kernel, which gives both
+    dp = (dy V) * gelu'(p)       for y = h V^T + c                    in one kernel
 
 A bias' gradient, the sum of dy over its rows, is left to the compiler, which joins it to what makes dy.
 
 The operators of `xt::` have a plain form in PyTorch, which is the specification and runs on a CPU, and one by cuBLASLt
-(cublaslt.py). Compiled code calls them as they are. Axes: N rows, K and F widths.
+(cublaslt.py). Compiled code calls them as they are. Gelu is the tanh form. Axes: N rows, K and F widths.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtcli.fast import cublaslt
-from xtcli.fast.cublaslt import BIAS, PLAIN
+from xtcli.fast.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, PLAIN
 
 ALIGN = 8
 """Widths that the kernels load well are multiples of this."""
@@ -42,6 +44,47 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::product_gelu", mutates_args=(), device_types="cpu")
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, K), weight (F, K), bias (F,) -> gelu(p) and p, (N, F) each, with p = x weight^T + bias."""
+    p = F.linear(x, weight, bias)
+    return F.gelu(p, approximate="tanh"), p
+
+
+@product_gelu.register_kernel("cuda")
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    (rows, inner), outer = x.shape, weight.shape[0]
+    h, p = x.new_empty(rows, outer), x.new_empty(rows, outer)
+    kernel = cublaslt.product(outer, rows, inner, True, False, GELU_AUX_BIAS, x.dtype, x.get_device())
+    kernel(weight, x, h, bias, p)
+    return h, p
+
+
+@product_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::slope_gelu", mutates_args=(), device_types="cpu")
+def slope_gelu(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    """dy (N, K), weight (K, F), p (N, F) -> (dy weight) * gelu'(p), (N, F)."""
+    return torch.ops.aten.gelu_backward(dy @ weight, p, approximate="tanh")  # type: ignore[no-any-return]
+
+
+@slope_gelu.register_kernel("cuda")
+def _slope_gelu(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    (rows, inner), outer = dy.shape, weight.shape[1]
+    dp = dy.new_empty(rows, outer)
+    kernel = cublaslt.product(outer, rows, inner, False, False, DGELU, dy.dtype, dy.get_device())
+    kernel(weight, dy, dp, None, p)
+    return dp
+
+
+@slope_gelu.register_fake
+def _(dy: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    return torch.empty_like(p)
 
 
 @torch.library.custom_op("xt::back", mutates_args=(), device_types="cpu")
@@ -97,6 +140,21 @@ class _Linear(torch.autograd.Function):
         return dx, torch.ops.xt.slope(dy, x) if for_weight else None, dy.sum(0) if for_bias else None
 
 
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        h, p = torch.ops.xt.product_gelu(x, up, up_bias)
+        ctx.save_for_backward(x, up, down, h, p)
+        return torch.ops.xt.product(h, down, down_bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, up, down, h, p = ctx.saved_tensors
+        dy = dy.contiguous()
+        dp = torch.ops.xt.slope_gelu(dy, down, p)
+        return torch.ops.xt.back(dp, up), torch.ops.xt.slope(dp, x), dp.sum(0), torch.ops.xt.slope(dy, h), dy.sum(0)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` in the type of `weight`: x (..., K), weight (F, K), bias (F,) -> (..., F)."""
     rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
@@ -104,9 +162,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
+def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+    """gelu(x up^T + up_bias) down^T + down_bias in the type of `up`: x (..., K), up (F, K), down (K, F) -> (..., K)."""
+    rows = x.reshape(-1, x.shape[-1]).to(up.dtype)
+    y: Tensor = _FeedForward.apply(rows, up, up_bias.to(up.dtype), down, down_bias.to(up.dtype))  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` where gradients are wanted; else PyTorch's own product, which waits for no trial of kernels."""
     return linear(x, weight, bias) if torch.is_grad_enabled() else F.linear(x, weight, bias)
+
+
+def inner(mlp: Any, x: Tensor) -> Tensor:
+    """What a feed-forward of two biased layers with a GELU between makes of x (..., K), by `feed_forward`."""
+    if not torch.is_grad_enabled():
+        return type(mlp).inner(mlp, x)  # type: ignore[no-any-return]
+    return feed_forward(x, mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias)
 
 
 def suits(*widths: int) -> bool:

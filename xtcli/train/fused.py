@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtcli.fast import feedforward, linear, norms
-from xtcli.fast.gated import name_of
+from xtcli.fast import linear, norms
+from xtcli.parts.activations import ACTIVATIONS
 from xtcli.parts.context import Ctx
 from xtcli.parts.ffn import MLP
 from xtcli.parts.linear import Linear
@@ -20,7 +20,7 @@ from xtcli.train.joined import bare
 
 
 def fuse_products(model: nn.Module) -> int:
-    """Let the linear layers of blocks multiply by fast/linear.py, and biased feed-forwards by fast/feedforward.py.
+    """Let the linear layers of blocks, and feed-forwards with a GELU in its tanh form, multiply by fast/linear.py.
 
     In place; returns how many modules were changed. For models in 16 bits on a GPU alone; layers of odd widths, or
     whose weights stay in float32, are left as they are.
@@ -31,16 +31,16 @@ def fuse_products(model: nn.Module) -> int:
             if type(module) is Linear and module.products and linear.suits(*module.weight.shape):
                 module.multiply = linear.multiply
                 count += 1
-            elif type(module) is MLP and (act := _joins(module)) is not None:
-                module.inner = partial(feedforward.inner, module, act)  # type: ignore[method-assign]
+            elif type(module) is MLP and _rides(module):
+                module.inner = partial(linear.inner, module)  # type: ignore[method-assign]
                 count += 1
     return count
 
 
-def _joins(mlp: MLP) -> str | None:
-    """The activation of a feed-forward that is two biased products with that between them and nothing else."""
+def _rides(mlp: MLP) -> bool:
+    """Whether a feed-forward is two biased products with a GELU between them and nothing else."""
     biased = bare(mlp.up, mlp.down) and mlp.up.bias is not None and linear.suits(*mlp.up.weight.shape)
-    return name_of(mlp.act) if biased and mlp.dropout.p == 0 else None
+    return biased and mlp.act is ACTIVATIONS["gelu_tanh"] and mlp.dropout.p == 0
 
 
 def fuse_norms(model: nn.Module) -> int:
