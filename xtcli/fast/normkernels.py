@@ -236,10 +236,13 @@ def processors(device: torch.device) -> int:
 
 
 def forward_cut(width: int) -> Cut:
-    """The cut of `_forward` for a width."""
-    return Cut(1, triton.next_power_of_2(width), 4)
+    """The cut of `_forward` for a width, the fastest of those timed on an H200: about 4,096 elements a program."""
+    whole = triton.next_power_of_2(width)
+    return Cut(min(max(4096 // whole, 1), 4), whole, 4 if whole <= 1024 else 8)
 
 
 def backward_cut(width: int) -> Cut:
-    """The cut of `_backward` for a width."""
-    return Cut(1, triton.next_power_of_2(width), 4, 4)
+    """The cut of `_backward` for a width: about 2,048 elements a program, which must stay in registers."""
+    whole = triton.next_power_of_2(width)
+    rows = min(max(2048 // whole, 1), 4)
+    return Cut(rows, whole, 4 if whole <= 2048 else 8, 4 if whole <= 2048 else 2, 1 if rows > 1 else 2)

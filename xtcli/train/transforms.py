@@ -4,6 +4,7 @@ ready             all that a run's config asks for
 join_products     one product in place of several that read the same x (joined.py)
 compile_blocks    torch.compile of each block, the last norm and each head's loss; equal blocks share their code
 fuse_products     biases and GELUs of blocks in the same kernels as the products (fused.py)
+fuse_norms        norms with the sums of the residual stream beside them (fused.py)
 end_kernels       kernels of our own for the token tables and the loss of a slab
 checkpoint_blocks recompute a block's inside in the backward pass (Chen et al. 2016, arXiv:1604.06174)
 """
@@ -25,7 +26,7 @@ from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
 from xtcli.parts.stack import Block, Stack
 from xtcli.train.device import Place
-from xtcli.train.fused import fuse_products
+from xtcli.train.fused import fuse_norms, fuse_products
 from xtcli.train.joined import join_products
 
 
@@ -36,6 +37,8 @@ def ready(model: Graph, config: TrainConfig, place: Place) -> Graph:
     if own and cublaslt.library() is not None:
         fuse_products(model)
     join_products(model)
+    if own:
+        fuse_norms(model)
     if config.checkpointing:
         checkpoint_blocks(model)
     if compiles(config, device):
