@@ -2,7 +2,8 @@
 
     cudnn, flash, efficient, math   PyTorch's scaled-dot-product attention, pinned to one of its kernels
     flex                            FlexAttention, compiled; masks as blocks, biases and caps in the kernel
-    xt                              ours: what training takes (parts/routes.py), one of PyTorch's or flex
+    xt                              ours: what training takes (parts/routes.py): one of PyTorch's, flex, or for a window
+                                    (`window`) a kernel of our own
     plain                           ours: written out in tensors
     own                             ours: a mixer whose cost is linear in the length, which no other kernel can do
 
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, routed, scale, score_of, visible
 from xtcli.parts.attention import Heads
-from xtcli.parts.context import Ctx
+from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import fused, plain
 from xtcli.parts.linear import Linear
 from xtcli.parts.scores import Softcap, Softmax, WideSoftmax
@@ -114,8 +115,15 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
         return fused(q, k, v, seen, factor, 0.0)
 
     if name == "xt":
-        return Kernel(attend, masks=stored, route="flex" if seen.blocks is not None else "PyTorch's")
+        return Kernel(attend, masks=stored, route=_route(seen, shape, dtype))
     return Kernel(attend, lambda: sdpa_kernel([PINNED[name][0]]), stored)
+
+
+def _route(seen: Visible, shape: Shape, dtype: torch.dtype) -> str:
+    """Which kernel `fused` hands this to."""
+    if seen.blocks is None:
+        return "PyTorch's"
+    return "flex" if seen.blocks.near(shape.width, dtype) is None else "window"
 
 
 def _own(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> Kernel:

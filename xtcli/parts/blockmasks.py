@@ -6,7 +6,8 @@
 Both follow by arithmetic from what the ends of a block see, so that nothing the size of all pairs is made. `some` may
 hold a block too many and `every` one too few: the pairs decide.
 
-FlexAttention's kernel runs on a GPU alone; elsewhere, and in tests, `dense` gives the same as a stored mask.
+FlexAttention's kernel runs on a GPU alone; elsewhere, and in tests, `dense` gives the same as a stored mask. A mask
+that is one window goes to a kernel of ours instead (windows.py) where that takes the heads.
 
 Axes: B rows, H query heads, T tokens, N blocks of queries or keys.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtcli.parts import masks
+from xtcli.parts import masks, windows
 from xtcli.parts.context import Ctx, Visible
 from xtcli.registry import Config
 
@@ -53,20 +54,29 @@ Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Blocks:
-    """PyTorch's `BlockMask`, what is done to the scores of its pairs, and whether either looks something up that is
-    stored of each token."""
+    """PyTorch's `BlockMask`, what is done to the scores of its pairs, whether either looks something up that is stored
+    of each token, and the same mask as a window if it is one."""
 
     mask: BlockMask
     scores: Scores | None = None
     looks: bool = False
+    window: windows.Near | None = None
+
+    def near(self, width: int, dtype: torch.dtype) -> windows.Near | None:
+        """The window for our kernel, if it takes heads of this width."""
+        fits = self.scores is None and self.window is not None and self.window.takes(width, dtype)
+        return self.window if fits else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
     """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+    q, k, v = narrowed(q, k, v)
+    window = blocks.near(q.shape[-1], q.dtype)
+    if window is not None:
+        return window.attend(q, k, v, scale)
     if q.device.type not in KERNEL:
         seen = dense(blocks, q.dtype, q.shape[0], q.shape[1]).mask
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-    q, k, v = narrowed(q, k, v)
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention as kernel
     else:
@@ -123,7 +133,8 @@ def of_rule(rule: Config, ctx: Ctx, rows: int) -> Blocks:
         return lasting(_of_rule_alone(rule, length, ctx.keys.device))
     keep, documents = (None if x is None else x.expand(rows, -1) for x in (ctx.keep, ctx.documents))
     alone = None if keep is None else lonely(rule, keep, documents)
-    return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone), looks=True)
+    near = windows.of_rule(rule, ctx.keys.device, labels(keep, documents), alone)
+    return Blocks(_made(rule, length, ctx.keys.device, keep, documents, alone), looks=True, window=near)
 
 
 _read: list[Any] = []
@@ -138,7 +149,8 @@ def lasting(found: T) -> T:
 
 @lru_cache(maxsize=64)
 def _of_rule_alone(rule: Config, length: int, device: torch.device) -> Blocks:
-    return Blocks(_made(rule, length, device, None, None, None))
+    near = windows.of_rule(rule, device, None, None)
+    return Blocks(_made(rule, length, device, None, None, None), window=near)
 
 
 def _made(
@@ -217,7 +229,8 @@ def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | Non
     if marked is not None:
         known = by_block(marked)
         some, every = some | known.any(-1)[:, None, None], every | known.all(-1)[:, None, None]
-    return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True)
+    near = windows.of_rule(rule, ctx.keys.device, label, None) if marked is None else None
+    return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True, window=near)
 
 
 def by_block(x: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Attention in a window, in Triton's interpreter, against the specification; models on either route."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attentions import config, make
+from xtcli.parts import blockmasks, masks, routes, windows
+from xtcli.parts.context import Ctx
+from xtcli.parts.kernels import plain
+from xtcli.parts.masks import AllOf, Window
+from xtcli.parts.scores import Sizes, Softmax
+from xtcli.registry import Config
+
+pytest.importorskip("triton")
+
+SOFTMAX: Any = Softmax(Softmax.Config(), None, Sizes(4))  # type: ignore[arg-type]
+
+
+def window(left: int, right: int = 0) -> Config:
+    return Window.Config(left=left, right=right)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels on the CPU, with float32 and small tiles."""
+    from xtcli.fast import window as kernels
+
+    monkeypatch.setattr(windows, "runs_on", lambda device: True)
+    monkeypatch.setattr(windows, "KINDS", (torch.float32,))
+    monkeypatch.setattr(windows, "WIDTHS", (16, 32, 64, 128))
+    for table, size in {"FORWARD": (32, 16, 4, 1), "QUERIES": (16, 32, 4, 1), "KEYS": (32, 16, 4, 1)}.items():
+        monkeypatch.setattr(kernels, table, dict.fromkeys(windows.WIDTHS, size))
+    blockmasks._of_rule_alone.cache_clear()
+
+
+def texts(length: int, pad: str, packed: bool) -> Ctx:
+    places = torch.arange(length)[None]
+    keep = None
+    if pad != "none":
+        keep = torch.ones(2, length, dtype=torch.bool)
+        keep[0, : length // 2] = pad == "right"
+        keep[0, length // 2 :] = pad == "left"
+    if pad == "holes":
+        keep = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) > 0.5
+    documents = ((places + 5) // 40 - 1).expand(2, -1) if packed else None
+    return Ctx(positions=places, keys=places, keep=keep, documents=documents)
+
+
+def heads(groups: int, length: int, width: int) -> tuple[list[Tensor], Tensor]:
+    """Laid out as projections leave them, and the slope of what comes out."""
+    generator = torch.Generator().manual_seed(length + width)
+    q, k, v, dy = (
+        torch.randn(2, length, count, width, generator=generator).transpose(1, 2) for count in (4, groups, groups, 4)
+    )
+    return [x.requires_grad_() for x in (q, k, v)], dy
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("rule", "length", "width", "groups", "pad", "packed"),
+    [
+        (window(40), 128, 16, 4, "none", False),
+        (window(31), 97, 32, 2, "none", False),
+        (window(0), 64, 16, 1, "none", False),
+        (window(500), 100, 16, 4, "none", False),
+        (window(20, 45), 130, 64, 1, "none", False),
+        (window(0, 9), 96, 128, 4, "none", False),
+        (AllOf.Config(of=(window(50), window(33, 4))), 96, 16, 2, "none", False),
+        (window(40), 96, 16, 2, "left", False),
+        (window(40), 97, 16, 1, "right", False),
+        (window(3, 2), 97, 16, 4, "holes", False),
+        (window(24, 24), 100, 16, 2, "left", True),
+        (window(60), 128, 16, 4, "none", True),
+    ],
+)
+def test_values_and_gradients(rule: Config, length: int, width: int, groups: int, pad: str, packed: bool) -> None:
+    ctx = texts(length, pad, packed)
+    given, dy = heads(groups, length, width)
+    blocks = blockmasks.of_rule(rule, ctx, 2)
+    near = blocks.near(width, torch.float32)
+    assert near is not None
+    found = blockmasks.attend(*given, blocks, 0.3)
+    wanted = plain(*given, masks.render(rule, ctx, length, None, dense=True), 0.3, 0.0, SOFTMAX)
+    torch.testing.assert_close(found, wanted, atol=5e-6, rtol=2e-5)
+    slopes = torch.autograd.grad(wanted, given, dy)
+    for mine, theirs in zip(torch.autograd.grad(found, given, dy), slopes, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+def test_queries_that_see_nothing_get_nothing() -> None:
+    ctx = texts(64, "left", False)
+    blocks = blockmasks.around(5, 1, None, ctx.keep, ctx)
+    given, dy = heads(2, 64, 16)
+    y = blockmasks.attend(*given, blocks, 0.3)
+    assert bool((y[0, :, :27] == 0).all()) and bool((y[0, :, 27:] != 0).any())
+    slopes = torch.autograd.grad(y, given, dy)
+    assert all(bool(torch.isfinite(slope).all()) for slope in slopes)
+    assert bool((slopes[0][0, :, :27] == 0).all()) and bool((slopes[1][0, :, :32] == 0).all())
+
+
+def test_heads_that_lie_otherwise() -> None:
+    from xtcli.fast.window import attend
+
+    joint = torch.randn(1, 48, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.transpose(1, 2) for x in joint.unbind(2))
+    y = attend(q, k, v, 9, 3, None, 0.2)
+    assert y.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(attend(*(x.contiguous() for x in (q, k, v)), 9, 3, None, 0.2), y)
+    odd = torch.randn(2, 1, 48, 33, generator=torch.Generator().manual_seed(0))[..., 1:17]
+    torch.testing.assert_close(
+        attend(odd, odd, odd, 9, 3, None, 0.2), attend(*(odd.contiguous(),) * 3, 9, 3, None, 0.2)
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_compiles_whole() -> None:
+    given, dy = heads(2, 97, 16)
+    blocks = blockmasks.of_rule(window(30), texts(97, "right", False), 2)
+    wanted = blockmasks.attend(*given, blocks, 0.3)
+    compiled: Any = torch.compile(
+        lambda q, k, v: blockmasks.attend(q, k, v, blocks, 0.3), backend="aot_eager", fullgraph=True
+    )
+    found = compiled(*given)
+    assert found.stride() == wanted.stride()
+    torch.testing.assert_close(found, wanted)
+    mine, theirs = (torch.autograd.grad(y, given, dy, retain_graph=True) for y in (found, wanted))
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("causal", "attention"),
+    [
+        (True, {"heads": 4, "kv_heads": 2, "mask": {"kind": "window", "left": 40}}),
+        (False, {"kind": "local", "radius": 20, "heads": 2, "kv_heads": 1}),
+    ],
+    ids=["window", "local"],
+)
+@pytest.mark.parametrize("pad", ["none", "left"])
+def test_models_agree_on_both_routes(
+    causal: bool, attention: dict[str, Any], pad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    attend = windows.Near.attend
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return attend(*given)
+
+    monkeypatch.setattr(windows.Near, "attend", counted)
+    model = make(config({**attention, "head_dim": 16}, context=128, dropout=0.0), causal, spread=0.3)
+    ids = torch.randint(11, (2, 128), generator=torch.Generator().manual_seed(5))
+    keep = texts(128, pad, False).keep
+    given = {"input_ids": ids} | ({} if keep is None else {"attention_mask": keep})
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        hidden = model(**given).last_hidden_state[torch.ones_like(ids, dtype=torch.bool) if keep is None else keep]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return hidden, list(torch.autograd.grad(hidden.square().sum(), parameters))
+
+    wanted, slopes = run()
+    assert not calls
+    monkeypatch.setattr(routes, "suits", lambda x: True)
+    found, mine = run()
+    assert calls
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, slopes, atol=2e-4, rtol=2e-3)
+
+
+def test_what_is_no_window_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "runs_on", lambda device: True)
+    device = torch.device("cpu")
+    dilated = Window.Config(left=8, dilation=2)
+    for rule in (masks.CAUSAL, masks.FULL, dilated):
+        assert windows.of_rule(rule, device, None, None) is None
+    near = windows.of_rule(window(8), device, None, None)
+    assert near is not None and near.takes(32, torch.bfloat16)
+    assert not near.takes(24, torch.bfloat16) and not near.takes(32, torch.float32)
+    mask = blockmasks.of_rule(window(8), texts(64, "none", False), 1).mask
+    biased = blockmasks.Blocks(mask, scores=lambda score, *_: score, window=near)
+    assert biased.near(32, torch.bfloat16) is None
+    assert blockmasks.attend(*heads(4, 64, 8)[0], blockmasks.Blocks(mask, window=near), 0.3) is not None

@@ -1,0 +1,69 @@
+"""Windows of slots around each query, for a kernel of ours that finds the keys of a query by arithmetic.
+
+The kernel is fast/window.py. A pair inside the window counts where query and key have the same label; a query labelled
+ALONE sees itself alone.
+
+Axes: B rows, H query heads, G key/value heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xtcli import fast
+from xtcli.parts import masks
+from xtcli.registry import Config
+
+ALONE = -2
+
+WIDTHS = (32,)
+"""Widths of a head at which the kernel's results were compared on a GPU; others go to FlexAttention."""
+
+KINDS: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+"""What it multiplies."""
+
+
+@dataclass(frozen=True)
+class Near:
+    """Query t sees the keys from t - left to t + right. labels: int32 (B, T) of queries and of keys, or None."""
+
+    left: int
+    right: int
+    labels: tuple[Tensor, Tensor] | None
+
+    def takes(self, width: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel attends with heads of this width."""
+        return width in WIDTHS and dtype in KINDS
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+        mine, theirs = (None, None) if self.labels is None else self.labels
+        y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, self.left, self.right, scale)[0]
+        return y
+
+
+def of_rule(
+    rule: Config, device: torch.device, labels: tuple[Tensor, Tensor] | None, alone: Tensor | None
+) -> Near | None:
+    """The window that a rule is, if it is one and the kernel runs on this device. alone (B, T): queries that see
+    themselves alone."""
+    stretch = masks.stretch(rule)
+    if stretch is None or not runs_on(device):
+        return None
+    left, right = stretch
+    if left is None or right is None:
+        return None
+    # The kernels enter the operator that `attend` calls.
+    from xtcli.fast import window  # noqa: F401
+
+    if labels is not None and alone is not None:
+        labels = torch.where(alone, ALONE, labels[0]), labels[1]
+    return Near(left, right, labels)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernel runs there: its tiles are those of compute capability 9.0."""
+    return fast.runs_on(device) and torch.cuda.get_device_capability(device) == (9, 0)
