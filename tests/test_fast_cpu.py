@@ -14,7 +14,7 @@ from test_fast_oncpu import CHANGED, PLANNED, PROMPT, made
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtcli.fast.cpu import attention, build, decode, pointwise
+from xtcli.fast.cpu import attention, build, decode, feedforward, pointwise
 from xtcli.fast.oncpu import Lean
 from xtcli.fast.plan import plan
 from xtcli.generate.engine import undisturbed
@@ -182,6 +182,39 @@ def test_gelu_and_its_slope(kind: str, count: int, all_sizes: None) -> None:
     torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-6)
     ours, theirs = (torch.autograd.grad(y, x, slope.to(y.dtype))[0] for y in (found, expected))
     torch.testing.assert_close(ours, theirs, atol=4e-6, rtol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [(2, 5), (3, 33)])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("out_bias", [True, False])
+def test_a_feed_forward_and_its_slopes(
+    act: str, rows: tuple[int, int], out_bias: bool, all_sizes: None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffn = f"model.stack.block.sublayers.ffn={{kind: mlp, hidden: 96, act: {act}, out_bias: {str(out_bias).lower()}}}"
+    mlp: Any = made("gpt2-small", ffn).stack.blocks[0].ffn  # type: ignore[union-attr, index]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(*rows, mlp.up.in_features, generator=generator).requires_grad_()
+    given, found = [x, *mlp.parameters()], []
+    for on in (True, False):
+        with monkeypatch.context() as inner:
+            if not on:
+                inner.setattr(feedforward, "takes", lambda *rest: False)
+                inner.setattr(pointwise, "takes", lambda x: False)
+            y = mlp.inner(x)
+        assert ("Inner" in y.grad_fn.next_functions[0][0].name()) == on
+        found.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
+def test_a_feed_forward_that_someone_watches_calls_its_layers(all_sizes: None) -> None:
+    mlp: Any = made("gpt2-small").stack.blocks[0].ffn  # type: ignore[union-attr, index]
+    seen: list[Tensor] = []
+    mlp.up.register_forward_hook(lambda module, given, y: seen.append(y))
+    mlp.inner(torch.randn(2, 40, mlp.up.in_features))
+    assert len(seen) == 1
 
 
 @needs_library

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtcli import registry
+from xtcli.fast.cpu import feedforward as oncpu
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.context import Ctx
 from xtcli.parts.dropouts import make_dropout
@@ -69,7 +70,23 @@ class MLP(FeedForward):
     """Two linear layers and an activation between."""
 
     def inner(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and (kind := self._joined(x)):
+            up, down = self.up, self.down
+            return oncpu.inner(x, up.weight, up.bias, down.weight, down.bias, kind)
         return self.down(self.dropout(self.act(self.up(x))))  # type: ignore[no-any-return]
+
+    def _joined(self, x: Tensor) -> str | None:
+        """The GELU that a pass of our own has between both products; None where something else is asked of them."""
+        kind = next((name for name in ("gelu", "gelu_tanh") if ACTIVATIONS[name] is self.act), None)
+        up, down, dropped = self.up, self.down, self.training and self.dropout.p > 0
+        if kind is None or dropped or not all(_bare(one) for one in (up, down)):
+            return None
+        return kind if oncpu.takes(x, up.weight, down.weight, up.bias) else None
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether this is a linear layer, without an adapter or anyone who watches it."""
+    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
 @part("ffn", "glu")

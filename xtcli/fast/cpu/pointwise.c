@@ -39,3 +39,43 @@ static void pieces(void *given) {
 }
 
 void xt_pointwise(pointwise *p, int64_t team) { threads.run(pieces, p, (unsigned)team, 0); }
+
+#define TOGETHER 32 /* rows whose slopes are added up in one sum */
+
+typedef struct {
+    const float *x, *bias, *slope; /* rows side by side; slope: of what comes out, or none */
+    float *out;                    /* may be the memory of slope */
+    float *sums;                   /* (rows / TOGETHER rounded up, columns): of slopes */
+    int64_t rows, columns, kind;   /* columns: a multiple of LANES */
+    _Atomic int64_t next;
+} biased;
+
+INLINE void biased_rows(const int kind, const biased *b, int64_t first, int64_t end) {
+    float *sums = b->slope ? b->sums + first / TOGETHER * b->columns : 0;
+    if (sums) memset(sums, 0, sizeof(float) * b->columns);
+    for (int64_t row = first; row < end; row++) {
+        const float *x = b->x + row * b->columns;
+        float *out = b->out + row * b->columns;
+        if (!sums) {
+            for (int64_t i = 0; i < b->columns; i += LANES) store(out + i, bent(kind, load(x + i) + load(b->bias + i)));
+            continue;
+        }
+        const float *slope = b->slope + row * b->columns;
+        for (int64_t i = 0; i < b->columns; i += LANES) {
+            const vec y = load(slope + i) * bent_slope(kind, load(x + i) + load(b->bias + i));
+            store(out + i, y);
+            store(sums + i, load(sums + i) + y);
+        }
+    }
+}
+
+static void all_biased(void *given) {
+    biased *b = given;
+    for (int64_t first; (first = TOGETHER * take(&b->next)) < b->rows;) {
+        const int64_t end = first + TOGETHER < b->rows ? first + TOGETHER : b->rows;
+        if (b->kind == GELU) biased_rows(GELU, b, first, end);
+        else biased_rows(GELU_TANH, b, first, end);
+    }
+}
+
+void xt_biased(biased *b, int64_t team) { threads.run(all_biased, b, (unsigned)team, 0); }
