@@ -32,7 +32,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(windows, "runs_on", lambda device: True)
     monkeypatch.setattr(windows, "KINDS", (torch.float32,))
-    monkeypatch.setattr(windows, "WIDTHS", (16, 32, 64, 128))
     for table, size in {"FORWARD": (32, 16, 4, 1), "QUERIES": (16, 32, 4, 1), "KEYS": (32, 16, 4, 1)}.items():
         monkeypatch.setattr(kernels, table, dict.fromkeys(windows.WIDTHS, size))
     blockmasks._of_rule_alone.cache_clear()

@@ -19,8 +19,8 @@ from xtcli.registry import Config
 
 ALONE = -2
 
-WIDTHS = (32,)
-"""Widths of a head at which the kernel's results were compared on a GPU; others go to FlexAttention."""
+WIDTHS = (16, 32, 64, 128)
+"""Widths of a head that the kernel takes."""
 
 KINDS: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 """What it multiplies."""
