@@ -13,7 +13,7 @@ from xtcli.parts.embed import Tokens
 
 pytest.importorskip("triton")
 
-from xtcli.fast.table import PARTS, TILE, look_up
+from xtcli.fast.table import PARTS, TILE, look_up, summed
 
 DRAWS = {
     "all apart": lambda n, v: torch.randperm(v)[:n],
@@ -45,6 +45,14 @@ def test_gradients(shape: tuple[int, ...], rows: int, width: int, draw: str) -> 
     weight, dy = torch.randn(rows, width), torch.randn(*shape, width)
     wanted = gradient(F.embedding, ids, weight, dy)
     torch.testing.assert_close(gradient(look_up, ids, weight, dy), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(dtype: torch.dtype) -> None:
+    ids = torch.cat((torch.arange(30), torch.full((100,), 7)))
+    dy = torch.randn(len(ids), 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted = torch.zeros(40, 24, dtype=torch.float64).index_add_(0, ids, dy.double())
+    torch.testing.assert_close(summed(ids, dy, 40).double(), wanted, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("tiles", [PARTS, PARTS + 1, 2 * PARTS + 3])

@@ -34,7 +34,7 @@ def _number(numbers, place, count):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tiles(  # type: ignore[no-untyped-def]
-    numbers, order, dy, dw, parts, count, width, TILE: tl.constexpr, COLUMNS: tl.constexpr
+    numbers, order, dy, dw, parts, count, width, TILE: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
 ):
     """Sums within a tile: rows of dw (V, D) where a number stands in this tile alone, else parts (tiles, 2, D): of a
     number that stood in the tile before, and of one that goes on behind this tile."""
@@ -45,6 +45,8 @@ def _tiles(  # type: ignore[no-untyped-def]
     number = _number(numbers, place, count)
     source = tl.load(order + place, mask=place < count, other=0)
     x = tl.load(dy + source[:, None] * width + columns[None, :], mask=(place < count)[:, None] & inside, other=0.0)
+    if WIDE:
+        x = x.to(tl.float32)
     same = (number[:, None] == number[None, :]).to(x.dtype)
     total = tl.dot(same, x, input_precision="ieee")
     earlier, later = _number(numbers, tile * TILE - 1, count), _number(numbers, (tile + 1) * TILE, count)
@@ -91,7 +93,9 @@ def summed(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
         numbers, order = ids.to(torch.int32).sort(stable=True)
         grid = (triton.cdiv(count, TILE), triton.cdiv(width, COLUMNS))
         parts = dy.new_empty(grid[0], 2, width, dtype=torch.float32)
-        _tiles[grid](numbers, order, dy, dw, parts, count, width, TILE, COLUMNS, num_warps=4)
+        # Triton's interpreter, which is what runs this on a CPU, cannot multiply bfloat16.
+        wide = dy.device.type == "cpu"
+        _tiles[grid](numbers, order, dy, dw, parts, count, width, TILE, COLUMNS, wide, num_warps=4)
         _spans[grid](numbers, dw, parts, count, width, TILE, COLUMNS, PARTS, num_warps=4)
     return dw
 

@@ -20,10 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
-LOW, FLOOR = tl.constexpr(-1e30), tl.constexpr(-1e20)
-"""The score of what is not seen, and the highest score before any was seen. The second lies so far above the first that
-all powers of a tile without keys are zero; were they near, what rounding leaves of such numbers would have infinite
-powers."""
+FLOOR = tl.constexpr(-1e20)
+"""The highest score before any key was seen: finite, so that a tile without any makes no NaN."""
 
 FORWARD = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}
 QUERIES = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 64, 4, 2)}
