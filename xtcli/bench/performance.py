@@ -45,7 +45,7 @@ class Case:
         return list(dict.fromkeys(side.partition(",")[0] for side in self.goals))
 
 
-SPARSE = "--mask causal --mask window --mask block-sparse --mask sliding-global"
+SPARSE = "--mask causal --mask full --mask window --mask block-sparse --mask sliding-global"
 CASES = (
     Case(
         "train-gpt2", "Training GPT-2, 124M: 32 x 1,024 tokens",
@@ -84,7 +84,7 @@ CASES = (
     ),
     Case(
         "attention-64", "Attention over 8,192 tokens, heads of 64",
-        "attention --seq 8192 --batch 4 --heads 16 --head-dim 64 --limit 60", "cuda", 120, 40,
+        f"attention --seq 8192 --batch 4 --heads 16 --head-dim 64 --limit 60 {SPARSE}", "cuda", 120, 40,
     ),
     Case(
         "attention-128", "Attention over 8,192 tokens, heads of 128",

@@ -132,6 +132,6 @@ def _run(call: _Attention, slopes: bool, name: str) -> None:
     assert known is not None, "takes() has said that the kernels are there"
     known.xt_attention_room.restype = c_int64
     call.share = known.xt_attention_room(byref(call), c_int64(slopes))
-    room = torch.empty(threads * call.share)
+    room = torch.empty(threads * call.share, dtype=torch.float32)
     call.room = room.data_ptr()
     getattr(known, name)(byref(call), c_int64(threads))

@@ -79,7 +79,10 @@ class Native:
         self.threads = torch.get_num_threads()
         widest = max([PIECE, capacity + LANES, *(layer.heads.width for layer in plan.layers)])
         share = -(-(plan.width + 2 * widest) // LANES) * LANES
-        blank = [torch.zeros(size) for size in (plan.width, plan.width, asked, mixed, inner, self.threads * share)]
+        blank = [
+            torch.zeros(size, dtype=torch.float32)
+            for size in (plan.width, plan.width, asked, mixed, inner, self.threads * share)
+        ]
         x, h, asked_at, mixed_at, inner_at, room = (one.data_ptr() for one in blank)
         known = library()
         assert known is not None, "takes() has said that the kernels are there"
@@ -114,7 +117,7 @@ class Native:
         step, place = self.step, max(slot - pad, 0)
         if not (0 <= token < self.tokens and 0 <= slot < self.capacity and pad >= 0 and place < self.most):
             raise IndexError(f"token {token} in slot {slot} behind {pad} slots of padding")
-        logits = torch.empty(self.vocab)
+        logits = torch.empty(self.vocab, dtype=torch.float32)
         step.token, step.slot, step.pad, step.place, step.logits = token, slot, pad, place, logits.data_ptr()
         self.call(byref(step), c_int64(self.threads))
         return logits
