@@ -15,8 +15,10 @@ from xtcli.fast.lanes import capped, tanh
 from xtcli.parts.outputs import IGNORE
 
 BLOCK = 8192
-"""Columns that a program holds at once."""
-WARPS = 32
+"""Columns that a program holds at once, or as many as the vocabulary has, in powers of two from LEAST on."""
+LEAST = 1024
+EACH = 256
+"""Columns of a warp."""
 HELD = 8
 """Columns of a block that one lane holds: 16 bytes of 16-bit logits."""
 
@@ -119,10 +121,11 @@ def slab_terms(
         raise ValueError(f"logits with strides {logits.stride()}: a row must lie in one piece")
     rows, width = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(BLOCK, max(triton.next_power_of_2(vocab), LEAST))
     if rows:
         _row[(rows,)](
             logits, targets, losses, logits.stride(0), vocab, width, 1.0 if cap is None else cap, smoothing,
-            IGNORE, cap is not None, smoothing > 0, BLOCK, HELD, num_warps=WARPS,
+            IGNORE, cap is not None, smoothing > 0, block, HELD, num_warps=block // EACH,
         )  # fmt: skip
     return losses.sum(), logits
 
