@@ -269,15 +269,6 @@ def _steps(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(step for x in tensors for step in x.stride()[:3])
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, labels: tuple[Tensor, Tensor] | None, scale: float
-) -> Tensor:
-    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D); labels as `forward` takes them."""
-    mine, theirs = (None, None) if labels is None else labels
-    y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, left, right, scale)[0]
-    return y
-
-
 _LIBRARY = torch.library.Library("xt", "FRAGMENT")
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? mine, Tensor? theirs"
 _LIBRARY.define(f"attend_window({_GIVEN}, int left, int right, float scale) -> (Tensor, Tensor)")

@@ -38,6 +38,7 @@ def library() -> Any | None:
     runtime = [getattr(loaded, name) for name in THREADS if hasattr(loaded, name)]
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if len(runtime) < len(THREADS):
+        _say("this build of PyTorch has no GNU OpenMP: PyTorch's operators are used, which are slower on a CPU")
         return None
     if compiler is None:
         _say("no C compiler: PyTorch's operators are used, which are slower on a CPU; install gcc")
