@@ -6,21 +6,25 @@ PyTorch loads the library and offers two of its epilogues; here are those that t
     GELU_AUX_BIAS   gelu_tanh(D + bias), and D + bias beside it    aux (m, n)
     DGELU           D * gelu_tanh'(aux)
 
-Matrices are column-major as the library has it: D (m, n) = op(A) op(B), inner width k. A row-major tensor (r, c) is a
-column-major matrix (c, r). Reference: https://docs.nvidia.com/cuda/cublas/, "Using the cuBLASLt API".
+Matrices are column-major as the library has it: D (m, n) = op(A) op(B) (+ C), inner width k. A row-major tensor (r, c)
+is a column-major matrix (c, r). Reference: https://docs.nvidia.com/cuda/cublas/, "Using the cuBLASLt API".
+
+The library names a few kernels for a shape by a model of their speed. It names others, often faster ones, for shapes
+near by; all that fit are timed at a product's first use (trials.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from xtcli.fast.trials import fastest
 
 PLAIN, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
 _AUXILIARY = (GELU_AUX_BIAS, DGELU)
@@ -35,8 +39,12 @@ WORKSPACE = 2**25
 """Bytes of scratch that a product may take: what NVIDIA advises for Hopper."""
 
 CANDIDATES = 16
-"""Kernels that are tried for a product, the first being what the library would take."""
-TRIALS = 3
+"""Kernels that the library is asked for at most."""
+NEAR = (0.5, 2.0, 0.25, 4.0)
+"""Shapes near by have one of k, m and n so many times as large."""
+SWIZZLES = (0, 1, 2)
+"""Orders of tiles that are tried with the best kernels."""
+_SWIZZLE = 4
 NAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
 
 
@@ -83,99 +91,144 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 class Product:
-    """D (m, n) = op(A) op(B) of one shape, type and epilogue, by the kernel that is fastest for it on this device."""
+    """D (m, n) = op(A) op(B) of one shape, type and epilogue, by the kernel that is fastest for it on this device.
+
+    onto: whether a matrix C, of D's shape and type, is added before the epilogue.
+    """
 
     def __init__(
-        self, m: int, n: int, k: int, turn_a: bool, turn_b: bool, epilogue: int, dtype: torch.dtype, device: int
-    ) -> None:
+        self, m: int, n: int, k: int, turn_a: bool, turn_b: bool, epilogue: int, dtype: torch.dtype, device: int,
+        onto: bool = False,
+    ) -> None:  # fmt: skip
         self.epilogue, self.device, self.lock = epilogue, device, threading.Lock()
-        self.one, self.zero = c_float(1.0), c_float(0.0)
+        self.shape, self.turns, self.kind = (m, n, k), (turn_a, turn_b), TYPES[dtype]
+        self.one, self.beta = c_float(1.0), c_float(1.0 if onto else 0.0)
         self.description = c_void_p()
         _call("cublasLtMatmulDescCreate", byref(self.description), _COMPUTE_32F, _FLOAT32)
         self._set(_TRANSPOSE_A, c_int32(turn_a))
         self._set(_TRANSPOSE_B, c_int32(turn_b))
         self._set(_EPILOGUE, c_uint32(epilogue))
-        if epilogue in _AUXILIARY:
-            self._set(_AUX_STRIDE, c_int64(m))
-        kind = TYPES[dtype]
-        self.a = _layout(kind, *((k, m) if turn_a else (m, k)))
-        self.b = _layout(kind, *((n, k) if turn_b else (k, n)))
-        self.d = _layout(kind, m, n)
-        self.algorithms: list[Any] = []
+        self.layouts = self._layouts(m, n, k)
         self.chosen: Any = None
 
     def __call__(
-        self, a: Tensor, b: Tensor, d: Tensor, vector: Tensor | None = None, aux: Tensor | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        d: Tensor,
+        vector: Tensor | None = None,
+        aux: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> None:
-        """Multiply into d; `vector` is the bias, `aux` is written or read as the epilogue says."""
+        """Multiply into d; `vector` is the bias, `aux` is written or read as the epilogue says, `onto` is C."""
         with self.lock:
             if vector is not None:
                 self._set(_VECTOR_AT, c_void_p(vector.data_ptr()))
             if aux is not None:
                 self._set(_AUX_AT, c_void_p(aux.data_ptr()))
+            c = d if onto is None else onto
             if self.chosen is None:
-                self.algorithms = self._find()
-                self.chosen = self._fastest(lambda algorithm: self._run(a, b, d, algorithm))
-            self._run(a, b, d, self.chosen)
+                self.chosen = self._choose(a, b, c, d)
+            self._run(a, b, c, d, self.chosen)
 
     def _set(self, attribute: int, value: Any) -> None:
         _call(
             "cublasLtMatmulDescSetAttribute", self.description, attribute, byref(value), c_size_t(ctypes.sizeof(value))
         )
 
-    def _run(self, a: Tensor, b: Tensor, d: Tensor, algorithm: Any) -> None:
+    def _layouts(self, m: int, n: int, k: int) -> tuple[c_void_p, c_void_p, c_void_p]:
+        """Layouts of A, B and D; the description's stride of `aux` follows them."""
+        turn_a, turn_b = self.turns
+        if self.epilogue in _AUXILIARY:
+            self._set(_AUX_STRIDE, c_int64(m))
+        sizes = ((k, m) if turn_a else (m, k), (n, k) if turn_b else (k, n), (m, n))
+        a, b, d = (_layout(self.kind, *size) for size in sizes)
+        return a, b, d
+
+    def _run(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, algorithm: Any) -> None:
         scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device=d.device)
+        for_a, for_b, for_d = self.layouts
         _call(
             "cublasLtMatmul", _handle(self.device), self.description, byref(self.one),
-            c_void_p(a.data_ptr()), self.a, c_void_p(b.data_ptr()), self.b, byref(self.zero),
-            c_void_p(d.data_ptr()), self.d, c_void_p(d.data_ptr()), self.d, byref(algorithm),
+            c_void_p(a.data_ptr()), for_a, c_void_p(b.data_ptr()), for_b, byref(self.beta),
+            c_void_p(c.data_ptr()), for_d, c_void_p(d.data_ptr()), for_d, byref(algorithm),
             c_void_p(scratch.data_ptr()), c_size_t(WORKSPACE),
             c_void_p(torch.cuda.current_stream(d.device).cuda_stream),
         )  # fmt: skip
 
-    def _find(self) -> list[Any]:
-        """Kernels that can do it, the likeliest to be fast first; the pointers must be set, for they are looked at."""
-        preference, count = c_void_p(), c_int()
-        _call("cublasLtMatmulPreferenceCreate", byref(preference))
-        limit = c_uint64(WORKSPACE)
-        _call(
-            "cublasLtMatmulPreferenceSetAttribute", preference, _WORKSPACE_LIMIT, byref(limit), c_size_t(8)
-        )  # fmt: skip
-        found = (_Found * CANDIDATES)()
-        _call(
-            "cublasLtMatmulAlgoGetHeuristic", _handle(self.device), self.description, self.a, self.b, self.d, self.d,
-            preference, CANDIDATES, found, byref(count),
-        )  # fmt: skip
-        _call("cublasLtMatmulPreferenceDestroy", preference)
-        if not count.value:
+    def _choose(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+        """The kernel of the shortest time; the library's first where a choice by time would change what is computed,
+        or nothing can be timed. The pointers must be set, for they are looked at."""
+        named = self._named(self.layouts)
+        if not named:
             raise Failed("cublasLtMatmulAlgoGetHeuristic: no kernel")
-        return [found[number].algorithm for number in range(count.value)]
-
-    def _fastest(self, run: Callable[[Any], None]) -> Any:
-        """The kernel with the shortest median; the first where timing would change what is computed, or cannot be."""
         if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
-            return self.algorithms[0]
-        times = []
-        for number, algorithm in enumerate(self.algorithms):
-            try:
-                times.append((_median(lambda chosen=algorithm: run(chosen)), number))  # type: ignore[misc]
-            except Failed:
-                continue
-        if not times:
+            return named[0]
+        found = fastest(lambda algorithm: self._run(a, b, c, d, algorithm), named, self._near(named), _swizzled, Failed)
+        if found is None:
             raise Failed("cublasLtMatmul: no kernel runs")
-        return self.algorithms[min(times)[1]]
+        return found
+
+    def _named(self, layouts: tuple[c_void_p, c_void_p, c_void_p]) -> list[Any]:
+        """Kernels that the library names for matrices of these layouts, the likeliest to be fast first."""
+        preference, count, limit = c_void_p(), c_int(), c_uint64(WORKSPACE)
+        a, b, d = layouts
+        found = (_Found * CANDIDATES)()
+        _call("cublasLtMatmulPreferenceCreate", byref(preference))
+        _call("cublasLtMatmulPreferenceSetAttribute", preference, _WORKSPACE_LIMIT, byref(limit), c_size_t(8))
+        # A shape for which there is no kernel is an error to the library.
+        status = library().cublasLtMatmulAlgoGetHeuristic(  # type: ignore[union-attr]
+            _handle(self.device), self.description, a, b, d, d, preference, CANDIDATES, found, byref(count)
+        )
+        _call("cublasLtMatmulPreferenceDestroy", preference)
+        return [] if status else [found[number].algorithm for number in range(count.value)]
+
+    def _near(self, known: list[Any]) -> list[Any]:
+        """Kernels beside `known` that the library names for shapes near by and that fit this one, those first that it
+        holds to be the fastest of theirs."""
+        m, n, k = self.shape
+        lists = []
+        for times in NEAR:
+            for shape in ((m, n, _scaled(k, times)), (_scaled(m, times), n, k), (m, _scaled(n, times), k)):
+                layouts = self._layouts(*shape)
+                lists.append(self._named(layouts))
+                for layout in layouts:
+                    _call("cublasLtMatrixLayoutDestroy", layout)
+        if self.epilogue in _AUXILIARY:
+            self._set(_AUX_STRIDE, c_int64(m))
+        found = {bytes(algorithm): algorithm for algorithm in known}
+        old = len(found)
+        for rank in range(CANDIDATES):
+            for one in lists:
+                if rank < len(one):
+                    found.setdefault(bytes(one[rank]), one[rank])
+        return [algorithm for algorithm in list(found.values())[old:] if self._fits(algorithm)]
+
+    def _fits(self, algorithm: Any) -> bool:
+        a, b, d = self.layouts
+        found = _Found()
+        status = library().cublasLtMatmulAlgoCheck(  # type: ignore[union-attr]
+            _handle(self.device), self.description, a, b, d, d, byref(algorithm), byref(found)
+        )
+        return not status and not found.state and found.workspace <= WORKSPACE
 
 
-def _median(run: Callable[[], None]) -> float:
-    run()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(TRIALS)]
-    for begin, end in pairs:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    times: list[float] = sorted(begin.elapsed_time(end) for begin, end in pairs)
-    return times[TRIALS // 2]
+def _scaled(size: int, times: float) -> int:
+    """About `times` the size, a multiple of what tiles are made of."""
+    return max(int(size * times) // 64 * 64, 64)
+
+
+def _swizzled(algorithm: Any) -> list[Any]:
+    """The same kernel with its tiles in other orders."""
+    made = []
+    for order in SWIZZLES:
+        other, value = type(algorithm)(*algorithm), c_uint32(order)
+        status = library().cublasLtMatmulAlgoConfigSetAttribute(  # type: ignore[union-attr]
+            byref(other), _SWIZZLE, byref(value), c_size_t(ctypes.sizeof(value))
+        )
+        if not status and bytes(other) != bytes(algorithm):
+            made.append(other)
+    return made
 
 
 def _layout(kind: int, rows: int, columns: int) -> c_void_p:
@@ -186,7 +239,8 @@ def _layout(kind: int, rows: int, columns: int) -> c_void_p:
 
 @cache
 def product(
-    m: int, n: int, k: int, turn_a: bool, turn_b: bool, epilogue: int, dtype: torch.dtype, device: int
-) -> Product:
+    m: int, n: int, k: int, turn_a: bool, turn_b: bool, epilogue: int, dtype: torch.dtype, device: int,
+    onto: bool = False,
+) -> Product:  # fmt: skip
     """The product of this shape, made once."""
-    return Product(m, n, k, turn_a, turn_b, epilogue, dtype, device)
+    return Product(m, n, k, turn_a, turn_b, epilogue, dtype, device, onto)

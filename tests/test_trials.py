@@ -1,0 +1,75 @@
+"""The choice of a kernel by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from xtcli.fast import trials
+
+
+class Refused(Exception):
+    """A kernel cannot run."""
+
+
+class Kernels:
+    """Kernels by name, with the times that they take; `counted` has how often each ran."""
+
+    def __init__(self, times: dict[str, float]) -> None:
+        self.times, self.counted, self.now = times, dict.fromkeys(times, 0), 0.0
+
+    def run(self, name: str) -> None:
+        if name not in self.times:
+            raise Refused
+        self.counted[name] += 1
+        self.now += self.times[name]
+
+    def clock(self, calls: Sequence[Callable[[], None]]) -> list[float]:
+        times = []
+        for call in calls:
+            start = self.now
+            call()
+            times.append(self.now - start)
+        return times
+
+
+def choose(
+    times: dict[str, float], sure: Sequence[str], more: Sequence[str] = (), varied: Sequence[str] = ()
+) -> tuple[str | None, Kernels]:
+    kernels = Kernels(times)
+    made = {name[:-1]: [other for other in varied if other[:-1] == name[:-1]] for name in varied}
+    return (
+        trials.fastest(kernels.run, sure, more, lambda name: made.get(name, []), Refused, kernels.clock),
+        kernels,
+    )
+
+
+def test_the_fastest_is_taken() -> None:
+    assert choose({"a": 3.0, "b": 1.0, "c": 2.0}, ["a"], ["b", "c"])[0] == "b"
+
+
+def test_a_kernel_that_cannot_run_is_left_out() -> None:
+    assert choose({"a": 3.0}, ["none", "a"], ["gone"])[0] == "a"
+    assert choose({}, ["none"])[0] is None
+
+
+def test_variants_of_the_best_are_tried() -> None:
+    found, kernels = choose(
+        {"a": 1.0, "b": 2.0, "c": 5.0, "a1": 0.9, "b1": 1.5, "c1": 0.1}, "abc", (), ["a1", "b1", "c1"]
+    )
+    assert found == "a1"
+    assert kernels.counted["c1"] == 0
+
+
+def test_few_are_tried_often() -> None:
+    times = {f"k{number}": 1.0 + number for number in range(12)}
+    found, kernels = choose(times, ["k0"], list(times)[1:])
+    assert found == "k0"
+    assert [kernels.counted[name] for name in times] == [1 + trials.TRIALS] * trials.FEW + [1] * (12 - trials.FEW)
+
+
+def test_what_is_sure_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "LIMIT", -1.0)
+    found, kernels = choose({"a": 3.0, "b": 2.0, "c": 1.0}, ["a", "b"], ["c"])
+    assert found == "b" and kernels.counted["c"] == 0

@@ -1,0 +1,84 @@
+"""The fastest of several kernels that compute the same, by trial on the device where they will run.
+
+All are timed once, in the order of what is expected of them and within a time limit; the best few then in turns, so
+that a device whose clock drifts is fair to all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+LIMIT = 0.2
+"""Seconds after which no further kernels are looked at; those that are sure to be tried are tried all the same."""
+FEW = 4
+"""How many of the best are tried again."""
+VARIED = 2
+"""How many of the best are tried in their variants as well."""
+TRIALS = 5
+
+Kernel = TypeVar("Kernel")
+Clock = Callable[[Sequence[Callable[[], None]]], list[float]]
+"""The times that calls take, one after the other, in any unit."""
+
+
+def fastest(
+    run: Callable[[Kernel], None],
+    sure: Sequence[Kernel],
+    more: Sequence[Kernel],
+    variants: Callable[[Kernel], Sequence[Kernel]],
+    refusal: type[Exception],
+    clock: Clock | None = None,
+) -> Kernel | None:
+    """The kernel of the shortest time among `sure`, `more` and variants of the best; None where none runs.
+
+    `run` raises `refusal` for a kernel that cannot.
+    """
+    clock = clock or on_gpu
+    end = time.perf_counter() + LIMIT
+    known: list[tuple[float, Kernel]] = []
+
+    def calls(kernels: Sequence[Kernel]) -> list[Callable[[], None]]:
+        return [lambda chosen=kernel: run(chosen) for kernel in kernels]  # type: ignore[misc]
+
+    def best(count: int) -> list[Kernel]:
+        return [kernel for _, kernel in sorted(known, key=lambda pair: pair[0])[:count]]
+
+    def look_at(kernel: Kernel) -> None:
+        try:
+            known.append((clock(calls([kernel]))[0], kernel))
+        except refusal:
+            return
+
+    for kernel in sure:
+        look_at(kernel)
+    for kernel in more:
+        if time.perf_counter() < end:
+            look_at(kernel)
+    for kernel in best(VARIED):
+        for variant in variants(kernel):
+            look_at(variant)
+    few = best(FEW)
+    if not few:
+        return None
+    times = clock(calls(few * TRIALS))
+    medians = [sorted(times[number :: len(few)])[TRIALS // 2] for number in range(len(few))]
+    return few[medians.index(min(medians))]
+
+
+def on_gpu(calls: Sequence[Callable[[], None]]) -> list[float]:
+    """Milliseconds of each of some calls that launch one kernel, which are made at once behind one more of the first:
+    the device is busy with that while the host launches, and a kernel's first launch loads it."""
+    calls[0]()
+    pairs = []
+    for call in calls:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
