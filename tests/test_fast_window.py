@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.attentions import config, make
-from xtcli.parts import blockmasks, masks, routes, windows
-from xtcli.parts.context import Ctx
+from xtcli.parts import blockmasks, kernels, masks, routes, windows
+from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.kernels import plain
 from xtcli.parts.masks import AllOf, Window
 from xtcli.parts.scores import Sizes, Softmax
@@ -28,12 +28,17 @@ def window(left: int, right: int = 0) -> Config:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels on the CPU, with float32 and small tiles."""
-    from xtcli.fast import window as kernels
+    from xtcli.fast import window as own
 
     monkeypatch.setattr(windows, "runs_on", lambda device: True)
     monkeypatch.setattr(windows, "KINDS", (torch.float32,))
-    for table, size in {"FORWARD": (32, 16, 4, 1), "QUERIES": (16, 32, 4, 1), "KEYS": (32, 16, 4, 1)}.items():
-        monkeypatch.setattr(kernels, table, dict.fromkeys(windows.WIDTHS, size))
+    for table, size in {
+        "FORWARD": (32, 16, 4, 1),
+        "QUERIES": (16, 32, 4, 1),
+        "KEYS": (32, 16, 4, 1),
+        "KEYS_OF_GROUPS": (16, 32, 4, 1),
+    }.items():
+        monkeypatch.setattr(own, table, dict.fromkeys(windows.WIDTHS, size))
     blockmasks._of_rule_alone.cache_clear()
 
 
@@ -91,6 +96,47 @@ def test_values_and_gradients(rule: Config, length: int, width: int, groups: int
     slopes = torch.autograd.grad(wanted, given, dy)
     for mine, theirs in zip(torch.autograd.grad(found, given, dy), slopes, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("causal", "groups", "length"), [(True, 4, 64), (True, 2, 128), (False, 2, 64)])
+def test_short_texts_are_windows(causal: bool, groups: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.OURS, "cpu", windows)
+    monkeypatch.setattr(windows, "SHORT_WIDTH", 32)
+    given, dy = heads(groups, length, 32)
+    seen = Visible(causal=causal)
+    assert windows.takes(*given, seen, 0.0)
+    found, wanted = kernels.fused(*given, seen, 0.3, 0.0), kernels.pytorchs(*given, seen, 0.3, 0.0)
+    torch.testing.assert_close(found, wanted, atol=5e-6, rtol=2e-5)
+    slopes = torch.autograd.grad(wanted, given, dy)
+    for mine, theirs in zip(torch.autograd.grad(found, given, dy), slopes, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("heads", "groups", "length", "width", "causal", "dropout", "grad", "ours"),
+    [
+        (12, 12, 1024, 64, True, 0.0, True, True),
+        (12, 12, 1088, 64, True, 0.0, True, False),
+        (12, 4, 2048, 64, True, 0.0, True, True),
+        (12, 4, 2112, 64, True, 0.0, True, False),
+        (12, 12, 512, 64, False, 0.0, True, True),
+        (12, 12, 576, 64, False, 0.0, True, False),
+        (12, 12, 1000, 64, True, 0.0, True, False),
+        (12, 12, 1024, 128, True, 0.0, True, False),
+        (12, 12, 1024, 64, True, 0.1, True, False),
+        (12, 12, 1024, 64, True, 0.0, False, False),
+    ],
+)
+def test_texts_that_are_short(
+    heads: int, groups: int, length: int, width: int, causal: bool, dropout: float, grad: bool, ours: bool
+) -> None:
+    q = torch.empty(1, heads, length, width, requires_grad=grad)
+    k = torch.empty(1, groups, length, width)
+    assert windows.takes(q, k, k, Visible(causal=causal), dropout) is ours
+    assert not windows.takes(q, k, k, Visible(mask=torch.ones(length, length, dtype=torch.bool)), dropout)
+    assert not windows.takes(q, k[:, :, :64], k[:, :, :64], Visible(), dropout)
 
 
 @pytest.mark.usefixtures("here")

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xtcli.bench.cases import Case, Shape, bias_by_distance, mixer_of, routed, scale, score_of, visible
 from xtcli.parts.attention import Heads
 from xtcli.parts.context import Ctx, Visible
-from xtcli.parts.kernels import fused, plain
+from xtcli.parts.kernels import OURS, fused, plain, pytorchs
 from xtcli.parts.linear import Linear
 from xtcli.parts.scores import Softcap, Softmax, WideSoftmax
 from xtcli.registry import part_of
@@ -111,18 +111,26 @@ def make(name: str, case: Case, shape: Shape, device: torch.device, dtype: torch
         score = score_of(case, shape, device)
         return Kernel(lambda q, k, v: plain(q, k, v, seen, factor, 0.0, score), masks=stored)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused(q, k, v, seen, factor, 0.0)
-
     if name == "xt":
-        return Kernel(attend, masks=stored, route=_route(seen, shape, dtype))
+        return Kernel(
+            lambda q, k, v: fused(q, k, v, seen, factor, 0.0), masks=stored, route=_route(seen, shape, device, dtype)
+        )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return pytorchs(q, k, v, seen, factor, 0.0)
+
     return Kernel(attend, lambda: sdpa_kernel([PINNED[name][0]]), stored)
 
 
-def _route(seen: Visible, shape: Shape, dtype: torch.dtype) -> str:
-    """Which kernel `fused` hands this to."""
+def _route(seen: Visible, shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernel `fused` hands this to where gradients are wanted."""
     if seen.blocks is None:
-        return "PyTorch's"
+        q, k = (
+            torch.empty(shape.batch, heads, shape.seq, shape.width, device=device, dtype=dtype, requires_grad=True)
+            for heads in (shape.heads, shape.groups)
+        )
+        ours = OURS.get(device.type)
+        return "ours" if ours is not None and ours.takes(q, k, k, seen, 0.0) else "PyTorch's"
     return "flex" if seen.blocks.near(shape.width, dtype) is None else "window"
 
 

@@ -26,8 +26,11 @@ FLOOR = tl.constexpr(-1e20)
 FORWARD = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}
 QUERIES = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 64, 4, 2)}
 KEYS = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3), 128: (64, 64, 4, 2)}
+KEYS_OF_GROUPS = {**KEYS, 64: (64, 64, 4, 3)}
 """By width of a head: queries and keys of a tile, warps, stages. Found by trial on an H200, at 8,192 tokens and a
-window of 512."""
+window of 512, and for heads of 64 with the whole past of 1,024 and 2,048 tokens."""
+REGISTERS = {64: 128}
+"""Registers of a thread in the kernel for keys of heads that share none, so that four programs fit side by side."""
 
 
 @triton.jit
@@ -159,13 +162,14 @@ def _keys(  # type: ignore[no-untyped-def]
     q, k, v, mine, theirs, dy, ends, deltas, dk, dv,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, yb, yh, yt, db, dh, dt, eb, eh, et,
     H, group, T, left, right, scale, slope,
-    LABELS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    LABELS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Slopes of N keys and values, from all heads of their group."""
-    bg = tl.program_id(1)
+    """Slopes of N keys and values, from all heads of their group. ACROSS: the tiles with most queries of all rows and
+    heads begin first."""
+    bg = tl.program_id(0) if ACROSS else tl.program_id(1)
     G = H // group
     b, g = bg // G, bg % G
-    first = tl.program_id(0) * N
+    first = (tl.program_id(1) if ACROSS else tl.program_id(0)) * N
     s = first + tl.arange(0, N)
     keys = _tile(k, b, g, first, kb, kh, kt, T, N, D, EVEN)
     values = _tile(v, b, g, first, vb, vh, vt, T, N, D, EVEN)
@@ -186,12 +190,13 @@ def _keys(  # type: ignore[no-untyped-def]
             given = _tile(dy, b, h, start, yb, yh, yt, T, M, D, EVEN)
             top = _row(ends, rows, t, T, float("inf"), EVEN)
             delta = _row(deltas, rows, t, T, 0.0, EVEN)
-            weights = tl.exp2(tl.dot(keys, tl.trans(asked)) * scale - top[None, :])
+            x = tl.dot(keys, tl.trans(asked))
+            change = tl.dot(values, tl.trans(given))
+            weights = tl.exp2(x * scale - top[None, :])
             if LABELS or (start < whole) | (start > upto):
                 label = _row(mine, words, t, T, -3, EVEN)[None, :] if LABELS else its
                 weights = tl.where(_seen(t[None, :], s[:, None], label, its, left, right, T, LABELS), weights, 0.0)
             to_v = tl.dot(weights.to(given.dtype), given, to_v)
-            change = tl.dot(values, tl.trans(given))
             to_k = tl.dot((weights * (change - delta[None, :])).to(asked.dtype), asked, to_k)
     _put(dk, to_k * slope, b, g, first, db, dh, dt, T, N, D, EVEN)
     _put(dv, to_v, b, g, first, eb, eh, et, T, N, D, EVEN)
@@ -229,9 +234,13 @@ def backward(
     _queries[(triton.cdiv(q.shape[2], M), q.shape[0] * q.shape[1])](
         q, k, v, *labels, y, dy, ends, deltas, dq, *_steps(q, k, v, y, dy, dq), *numbers, **options
     )  # fmt: skip
-    _, N, options = _cut(KEYS, q)
-    _keys[(triton.cdiv(q.shape[2], N), k.shape[0] * k.shape[1])](
-        q, k, v, *labels, dy, ends, deltas, dk, dv, *_steps(q, k, v, dy, dk, dv), *numbers, **options
+    grouped = k.shape[1] < q.shape[1]
+    _, N, options = _cut(KEYS_OF_GROUPS if grouped else KEYS, q)
+    if not grouped and q.shape[3] in REGISTERS:
+        options["maxnreg"] = REGISTERS[q.shape[3]]
+    grid = (triton.cdiv(q.shape[2], N), k.shape[0] * k.shape[1])
+    _keys[grid[::-1] if grouped else grid](
+        q, k, v, *labels, dy, ends, deltas, dk, dv, *_steps(q, k, v, dy, dk, dv), *numbers, ACROSS=grouped, **options
     )  # fmt: skip
     return dq, dk, dv
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtcli.parts.blockmasks import narrowed, ordered, unlisted
+from xtcli.parts.blockmasks import ordered, unlisted
 from xtcli.parts.context import Visible
+from xtcli.parts.linear import narrowed
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 """How many blocks of keys each block of queries sees (H|1, N), and which (H|1, N, N); the same from keys to queries."""

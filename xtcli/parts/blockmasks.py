@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from xtcli.parts import masks, windows
 from xtcli.parts.context import Ctx, Visible
+from xtcli.parts.linear import narrowed
 from xtcli.registry import Config
 
 if TYPE_CHECKING:
@@ -92,12 +93,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Ten
         kernel_options=TILES if blocks.looks and q.shape[-1] <= 128 else None,  # type: ignore[arg-type]
     )
     return y
-
-
-def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As PyTorch's own attention reads them under autocast."""
-    kind = tensors[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
 
 
 @lru_cache(maxsize=1)

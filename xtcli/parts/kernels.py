@@ -1,7 +1,7 @@
 """The two ways to attend, and what masks they take.
 
-`fused` hands q, k, v and the mask to PyTorch's kernels; `plain` is the specification, in tensors, and serves every
-kind of score. Both take q (B, H, T, D), k and v (B, G, S, D) and give (B, H, T, D).
+`fused` hands q, k, v and the mask to kernels, PyTorch's or ours; `plain` is the specification, in tensors, and serves
+every kind of score. Both take q (B, H, T, D), k and v (B, G, S, D) and give (B, H, T, D).
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtcli.fast.cpu import attention as oncpu
-from xtcli.parts import blockmasks, slides
+from xtcli.parts import blockmasks, slides, windows
 from xtcli.parts.context import Ctx, Visible
 from xtcli.parts.linear import widen
+
+OURS: dict[str, Any] = {"cpu": oncpu, "cuda": windows}
+"""Kernels of our own by type of device: `takes` says whether they are for a call, and `attend` does it."""
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropout: float) -> Tensor:
@@ -26,8 +29,14 @@ def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropo
         return blockmasks.attend(q, k, v, visible.blocks, scale)
     if visible.sliding is not None:
         return slides.attend(q, k, v, visible.sliding, scale, dropout)
-    if q.device.type == "cpu" and oncpu.takes(q, k, v, visible, dropout):
-        return oncpu.attend(q, k, v, visible, scale)
+    ours = OURS.get(q.device.type)
+    if ours is not None and ours.takes(q, k, v, visible, dropout):
+        return ours.attend(q, k, v, visible, scale)  # type: ignore[no-any-return]
+    return pytorchs(q, k, v, visible, scale, dropout)
+
+
+def pytorchs(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, dropout: float) -> Tensor:
+    """The kernel that PyTorch chooses for a stored mask or none."""
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -46,6 +46,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As products on their device read them: in autocast's type where that is in force."""
+    kind = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
+
+
 def exactly(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, products on the device of x keep the type of what they are given, whatever autocast is in force."""
     kind = x.device.type

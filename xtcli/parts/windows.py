@@ -1,7 +1,7 @@
 """Windows of slots around each query, for a kernel of ours that finds the keys of a query by arithmetic.
 
 The kernel is fast/window.py. A pair inside the window counts where query and key have the same label; a query labelled
-ALONE sees itself alone.
+ALONE sees itself alone. A short text is one window too: `takes` says where the kernel is then faster than PyTorch's.
 
 Axes: B rows, H query heads, G key/value heads, T tokens, D head width.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from xtcli import fast
 from xtcli.parts import masks
+from xtcli.parts.context import Visible
+from xtcli.parts.linear import narrowed
 from xtcli.registry import Config
 
 ALONE = -2
@@ -24,6 +26,13 @@ WIDTHS = (16, 32, 64, 128)
 
 KINDS: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 """What it multiplies."""
+
+SHORT_WIDTH, SHORT_STEP = 64, 64
+"""Width of a head, and what the tokens are a multiple of, with which short texts were measured."""
+
+PAST, PAST_OF_GROUPS, ALL = 1024, 2048, 512
+"""Tokens up to which the kernel is faster in a step of training on an H200, forward and backward together: those that
+see the past, in heads of their own or in groups that share keys, and those that see everything."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,31 @@ def of_rule(
     return Near(left, right, labels)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernel runs there: its tiles are those of compute capability 9.0."""
+    """Whether the kernel runs there: its tiles are those of compute capability 9.0.
+
+    Compiled code does not ask again.
+    """
     return fast.runs_on(device) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> bool:
+    """Whether q (B, H, T, D) attend to k and v (B, G, S, D) faster by the kernel than by PyTorch's, with gradients."""
+    if dropout or visible.mask is not None or not (torch.is_grad_enabled() and q.requires_grad):
+        return False
+    (_, heads, length, width), alike = q.shape, k.shape == v.shape and k.shape[2] == q.shape[2]
+    if not alike or width != SHORT_WIDTH or length % SHORT_STEP or not runs_on(q.device):
+        return False
+    past = PAST if k.shape[1] == heads else PAST_OF_GROUPS
+    return length <= (past if visible.causal else ALL) and narrowed(q)[0].dtype in KINDS
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
+    """What `takes` agreed to: q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+    # The kernels enter the operator.
+    from xtcli.fast import window  # noqa: F401
+
+    length = q.shape[2]
+    q, k, v = narrowed(q, k, v)
+    return Near(length, 0 if visible.causal else length, None).attend(q, k, v, scale)
