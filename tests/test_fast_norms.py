@@ -75,10 +75,17 @@ def test_kernels(kind: str, rows: int, width: int, dtype: torch.dtype, cut: tupl
     assert none is None
     torch.testing.assert_close(alone, n, rtol=0, atol=0)
     for more in ((None, ds), (dm, None), (None, None)):
-        slope, sums = normkernels.backward(dn, *more, s, gain, stats, offset, bias is not None, back)
+        slope, sums = normkernels.backward(dn, *more, s, gain, stats, offset, bias is not None, cut=back)
         theirs, their_sums = norms.norm_back(dn, *more, s, gain, stats, offset, bias is not None)
         close(slope, theirs, dtype)
         torch.testing.assert_close(sums, their_sums, rtol=1e-5, atol=1e-5)
+    # What is written may be cut off differently: its sums are those of what the kernel wrote.
+    for more, summed in (((None, ds), "ds"), ((None, None), "dx")):
+        slope, sums = normkernels.backward(dn, *more, s, gain, stats, offset, bias is not None, summed, back)
+        theirs, their_sums = norms.norm_back(dn, *more, s, gain, stats, offset, bias is not None)
+        close(slope, theirs, dtype)
+        last = (ds if summed == "ds" else slope).float().sum(0)
+        torch.testing.assert_close(sums, torch.cat((their_sums, last[None])), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,8 @@
 """Norms over rows in Triton, forward and backward, with what stands beside them; norms.py is the specification.
 
 A program has whole rows, some at once, each in pieces that it holds in registers: a row is read once. On the way back
-programs go through the rows in turns, keep the sums of gains and biases over their rows in registers, and leave one
-line of sums each, which a small launch adds up: the same in every run.
+programs go through the rows in turns, keep the sums of gains and biases over their rows in registers (and of a slope,
+for a bias elsewhere), and leave one line of sums each, which a small launch adds up: the same in every run.
 """
 
 # Triton knows sums of tuples, but no unpacking inside one.
@@ -91,10 +91,10 @@ def _backward(  # type: ignore[no-untyped-def]
     dn, dm, ds, x, gain, stats, dx, sums, count, tiles, offset,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
     CENTRED: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SUMMED: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, PIECE)
-    gains, for_gain, for_bias = (), (), ()
+    gains, for_gain, for_bias, for_slope = (), (), (), ()
     for piece in tl.static_range(PIECES):
         at = piece * PIECE + columns
         w = tl.load(gain + at, mask=at < WIDTH, other=0.0)
@@ -104,6 +104,8 @@ def _backward(  # type: ignore[no-untyped-def]
         for_gain = for_gain + (tl.zeros((ROWS, PIECE), tl.float32),)
         if BIASED:
             for_bias = for_bias + (tl.zeros((ROWS, PIECE), tl.float32),)
+        if SUMMED is not None:
+            for_slope = for_slope + (tl.zeros((ROWS, PIECE), tl.float32),)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         start = row.to(tl.int64)[:, None] * WIDTH
@@ -139,19 +141,28 @@ def _backward(  # type: ignore[no-untyped-def]
         for_gain, for_bias = gain_sums, bias_sums
         mean_along = (tl.sum(along, 1) / WIDTH)[:, None]
         mean_level = (tl.sum(level, 1) / WIDTH)[:, None] if CENTRED else 0.0
+        slope_sums = ()
         for piece in tl.static_range(PIECES):
             k = piece * PIECE + columns[None, :]
             real = (k < WIDTH) if EVEN else (k < WIDTH) & (row < count)[:, None]
             d = (scaled[piece] - units[piece] * mean_along - mean_level) * rstd
             if ds is not None:
                 d += streams[piece].to(tl.float32)
-            tl.store(dx + start + k, d.to(dx.dtype.element_ty), mask=real)
-    line = sums + tl.program_id(0) * (WIDTH * (2 if BIASED else 1))
+            out = d.to(dx.dtype.element_ty)
+            tl.store(dx + start + k, out, mask=real)
+            if SUMMED == "ds":
+                slope_sums = slope_sums + (for_slope[piece] + streams[piece].to(tl.float32),)
+            if SUMMED == "dx":
+                slope_sums = slope_sums + (for_slope[piece] + out.to(tl.float32),)
+        for_slope = slope_sums
+    line = sums + tl.program_id(0) * (WIDTH * KINDS)
     for piece in tl.static_range(PIECES):
         at = piece * PIECE + columns
         tl.store(line + at, tl.sum(for_gain[piece], 0), mask=at < WIDTH)
         if BIASED:
             tl.store(line + WIDTH + at, tl.sum(for_bias[piece], 0), mask=at < WIDTH)
+        if SUMMED is not None:
+            tl.store(line + (KINDS - 1) * WIDTH + at, tl.sum(for_slope[piece], 0), mask=at < WIDTH)
 
 
 @triton.jit
@@ -202,13 +213,17 @@ def backward(
     stats: Tensor,
     offset: float,
     biased: bool,
+    summed: str | None = None,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dn, x (N, D), dm and ds (N, D) or None -> the slopes of x, and of gain and bias (1 or 2, D): see norms.py."""
+    """dn, x (N, D), dm and ds (N, D) or None -> the slopes of x, and of gain and bias (1 or 2, D): see norms.py.
+
+    One row more has the sums of the columns of what `summed` says, ds or dx.
+    """
     count, width = x.shape
     cut = cut or backward_cut(width)
     dx = torch.empty_like(x)
-    kinds = 2 if biased else 1
+    kinds = 1 + biased + (summed is not None)
     if not count:
         return dx, x.new_zeros(kinds, width, dtype=torch.float32)
     tiles = triton.cdiv(count, cut.rows)
@@ -217,7 +232,7 @@ def backward(
     _backward[(programs,)](
         dn, dm, ds, x, gain, stats, dx, sums, count, tiles, offset,
         width, cut.rows, cut.piece, triton.cdiv(width, cut.piece), stats.shape[0] == 2, biased, offset != 0.0,
-        count % cut.rows == 0, cut.stages, num_warps=cut.warps,
+        count % cut.rows == 0, cut.stages, summed, kinds, num_warps=cut.warps,
     )  # fmt: skip
     return dx, total(sums)
 

@@ -5,7 +5,8 @@
     behind   n = norm(s), n again           dx = dy = norm'(s) (dn + dm)
     normed   norm(s)                        dx = dy = norm'(s) dn
 
-Beside dx the kernel for the way back leaves the gradients of gain and bias.
+Beside dx the kernel for the way back leaves the gradients of gain and bias, and where one is asked for (passes.py) that
+of another bias, the sums of the columns of ds or dx.
 
 The operators of `xt::` have a plain form in PyTorch, which is the specification and runs on a CPU, and one in Triton
 (normkernels.py). Compiled code calls them as they are. Statistics are float32, what goes out has the type of what came
@@ -170,6 +171,55 @@ def _(
     biased: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), stats.new_empty(2 if biased else 1, x.shape[1])
+
+
+@torch.library.custom_op("xt::norm_back_summed", mutates_args=(), device_types="cpu")
+def norm_back_summed(
+    dn: Tensor,
+    dm: Tensor | None,
+    ds: Tensor | None,
+    x: Tensor,
+    gain: Tensor,
+    stats: Tensor,
+    offset: float,
+    biased: bool,
+    given: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `norm_back` gives; the last of its rows (2|3, D) are the sums of the columns of ds if `given`, else of dx."""
+    dx, sums = norm_back(dn, dm, ds, x, gain, stats, offset, biased)
+    return dx, torch.cat((sums, widen(ds if given and ds is not None else dx).sum(0)[None]))
+
+
+@norm_back_summed.register_kernel("cuda")
+def _norm_back_summed(
+    dn: Tensor,
+    dm: Tensor | None,
+    ds: Tensor | None,
+    x: Tensor,
+    gain: Tensor,
+    stats: Tensor,
+    offset: float,
+    biased: bool,
+    given: bool,
+) -> tuple[Tensor, Tensor]:
+    from xtcli.fast import normkernels
+
+    return normkernels.backward(dn, dm, ds, x, gain, stats, offset, biased, "ds" if given else "dx")
+
+
+@norm_back_summed.register_fake
+def _(
+    dn: Tensor,
+    dm: Tensor | None,
+    ds: Tensor | None,
+    x: Tensor,
+    gain: Tensor,
+    stats: Tensor,
+    offset: float,
+    biased: bool,
+    given: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), stats.new_empty(3 if biased else 2, x.shape[1])
 
 
 class _Passed(torch.autograd.Function):
