@@ -1,10 +1,11 @@
 """Linear layers, and feed-forwards with a GELU, whose biases and activations ride on the matrix products.
 
-    y  = x W^T (+ b)             dx = dy W       dW = dy^T x          in one kernel each
+    y  = x W^T (+ b) (+ s)       dx = dy W       dW = dy^T x          in one kernel each
     h  = gelu(p),  p = x W^T + b                                      in one kernel, which gives both
     dp = (dy V) * gelu'(p)       for y = h V^T + c                    in one kernel
 
-A bias' gradient, the sum of dy over its rows, is left to the compiler, which joins it to what makes dy.
+A bias' gradient, the sum of dy over its rows, is left to the compiler, which joins it to what makes dy, or to a norm's
+kernel; so are sums with a residual stream s (passes.py).
 
 The operators of `xt::` have a plain form in PyTorch, which is the specification and runs on a CPU, and one by cuBLASLt
 (cublaslt.py). Compiled code calls them as they are. Gelu is the tanh form. Axes: N rows, K and F widths.
@@ -43,6 +44,27 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("xt::product_onto", mutates_args=(), device_types="cpu")
+def product_onto(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    """x (N, K), weight (F, K), bias (F,) or None -> `onto` (N, F) and the product."""
+    return F.linear(x, weight, bias) + onto
+
+
+@product_onto.register_kernel("cuda")
+def _product_onto(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    (rows, inner), outer = x.shape, weight.shape[0]
+    y = x.new_empty(rows, outer)
+    epilogue = PLAIN if bias is None else BIAS
+    kernel = cublaslt.product(outer, rows, inner, True, False, epilogue, x.dtype, x.get_device(), True)
+    kernel(weight, x, y, bias, onto=onto.contiguous())
+    return y
+
+
+@product_onto.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
