@@ -185,7 +185,7 @@ def norm_back_summed(
     biased: bool,
     given: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What `norm_back` gives; the last of its rows (2|3, D) are the sums of the columns of ds if `given`, else of dx."""
+    """What `norm_back` gives, its rows (2|3, D); the last has the sums of the columns of ds if `given`, else of dx."""
     dx, sums = norm_back(dn, dm, ds, x, gain, stats, offset, biased)
     return dx, torch.cat((sums, widen(ds if given and ds is not None else dx).sum(0)[None]))
 
