@@ -58,6 +58,11 @@ CASES = (
         "cuda", 220, 75, {"litgpt": 1.15},
     ),
     Case(
+        "train-llama-bf16", "Training a 1.1B LLaMA in bfloat16 alone: 8 x 2,048 tokens",
+        "train tinyllama-1.1b train.precision=bf16-true --batch 8 --length 2048 --steps 20",
+        "cuda", 220, 75, {"litgpt": 1.15},
+    ),
+    Case(
         "decode-llama", "Writing with a 1.1B LLaMA: 1 x 128 + 256 tokens",
         "generate tinyllama-1.1b --prompt 128 --new 256 --repeats 3 --dtype bf16 --int8",
         "cuda", 200, 20, {"gpt-fast": 1.45, "transformers, static cache": 2.5},

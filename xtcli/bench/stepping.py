@@ -126,6 +126,7 @@ def prepare(
         model,
         batch,
         dtype=place.dtype,
+        stored=place.stored,
         micro_batch=config.micro_batch,
         checkpointing=config.checkpointing,
         free=free,

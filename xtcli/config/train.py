@@ -62,8 +62,10 @@ class TrainConfig(Config):
     )
 
     device: Literal["auto", "cuda", "mps", "cpu"] = field("where to run; auto takes the fastest there is", "auto")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
-        "number format of the matrix products; auto takes bf16 where the device has it", "auto"
+    precision: Literal["auto", "fp32", "bf16", "bf16-true", "fp16"] = field(
+        "number format of the matrix products; auto takes bf16 where the device has it; bf16-true: also that of the "
+        "weights and all of AdamW's, rounded by chance",
+        "auto",
     )
     compile: Literal["auto"] | bool = field("torch.compile the model; auto does on a GPU", "auto")
     checkpointing: bool = field("recompute activations in the backward pass: less memory, more time", False)

@@ -9,6 +9,8 @@ Weights and running values are float32. Gradients may be in 16 bits, where a par
 written in the same pass. An update moves 28 bytes a parameter: 12 read and 12 written of weights and running values, 2
 read of the gradient, 2 written of the copy; PyTorch's own, with clipping and the casts of copies apart, moves 50.
 
+Or they are all bfloat16, rounded by chance as train/rounded.py says, which moves 14.
+
 Kernels find tensors by tables of addresses and work in chunks, so that a bias costs one program and not one launch.
 """
 
@@ -56,8 +58,35 @@ def _squares(gradients, sizes, tensor_of, start_of, sums, TYPE: tl.constexpr, CH
 
 
 @triton.jit
-def _corrections(steps, corrections, flag, logs):  # type: ignore[no-untyped-def]
-    """Count the step of one parameter, unless it is lost, and the corrections of its running values for it."""
+def _hashed(x):  # type: ignore[no-untyped-def]
+    """uint32 -> uint32, `hashed` of train/rounded.py."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded(x, chance):  # type: ignore[no-untyped-def]
+    """x in bfloat16, `rounded` of train/rounded.py."""
+    up = ((x.to(tl.uint32, bitcast=True) + chance) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, up, x).to(tl.bfloat16)
+
+
+@triton.jit
+def _stored(m, v, p, place, key, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Running values and weights as they are kept; `chances` of train/rounded.py."""
+    if ROUNDS:
+        drawn = _hashed(place.to(tl.uint32) ^ key)
+        m = _rounded(m, drawn >> 16)
+        v = _rounded(v, (drawn * 0x9E3779B1) >> 16)
+        p = _rounded(p, drawn & 0xFFFF)
+    return m, v, p
+
+
+@triton.jit
+def _corrections(steps, corrections, flag, logs, starts, keys, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Count the step of one parameter, unless it is lost, and the corrections of its running values for it, and what
+    its chances start from."""
     number = tl.program_id(0)
     step_at = tl.load(steps + number).to(tl.pointer_type(tl.float32))
     lost = tl.load(flag) != 0
@@ -70,6 +99,9 @@ def _corrections(steps, corrections, flag, logs):  # type: ignore[no-untyped-def
     second = 1.0 - tl.exp(step.to(tl.float64) * tl.load(logs + 1))
     tl.store(corrections + 2 * number, (1.0 / first).to(tl.float32))
     tl.store(corrections + 2 * number + 1, (1.0 / tl.sqrt(second)).to(tl.float32))
+    if ROUNDS:
+        key = _hashed((tl.load(starts + number) ^ step.to(tl.int32)).to(tl.uint32, bitcast=True))
+        tl.store(keys + number, key.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -82,20 +114,21 @@ def _stepped(g, m, v, p, kept, length, root, beta1, beta2, eps):  # type: ignore
 
 @triton.jit
 def _update(  # type: ignore[no-untyped-def]
-    weights, means, squares, gradients, copies, sizes, decays, tensor_of, start_of, corrections, norm, flag,
+    weights, means, squares, gradients, copies, sizes, decays, tensor_of, start_of, corrections, keys, norm, flag,
     rate, limit, beta1, beta2, eps,
-    CLIPS: tl.constexpr, COPIES: tl.constexpr, TYPE: tl.constexpr, NARROW: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CLIPS: tl.constexpr, COPIES: tl.constexpr, TYPE: tl.constexpr, KEPT: tl.constexpr, ROUNDS: tl.constexpr,
+    NARROW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The update of each chunk, unless the step is lost."""
+    """The update of each chunk, unless the step is lost; weights and running values are KEPT as float32, or as bfloat16
+    and round."""
     chunk = tl.program_id(0)
     if tl.load(flag) == 0:
         number = tl.load(tensor_of + chunk)
         start = tl.multiple_of(tl.load(start_of + chunk), CHUNK)
         size = tl.load(sizes + number)
-        p_at = tl.multiple_of(tl.load(weights + number).to(tl.pointer_type(tl.float32)), 16)
-        m_at = tl.multiple_of(tl.load(means + number).to(tl.pointer_type(tl.float32)), 16)
-        v_at = tl.multiple_of(tl.load(squares + number).to(tl.pointer_type(tl.float32)), 16)
+        p_at = tl.multiple_of(tl.load(weights + number).to(tl.pointer_type(KEPT)), 16)
+        m_at = tl.multiple_of(tl.load(means + number).to(tl.pointer_type(KEPT)), 16)
+        v_at = tl.multiple_of(tl.load(squares + number).to(tl.pointer_type(KEPT)), 16)
         g_at = tl.multiple_of(tl.load(gradients + number).to(tl.pointer_type(TYPE)), 16)
         length = rate * tl.load(corrections + 2 * number)
         root = tl.load(corrections + 2 * number + 1)
@@ -103,15 +136,19 @@ def _update(  # type: ignore[no-untyped-def]
         scale = 1.0
         if CLIPS:
             scale = tl.minimum(limit / (tl.load(norm) + 1e-6), 1.0)
+        key = 0
+        if ROUNDS:
+            key = tl.load(keys + number).to(tl.uint32, bitcast=True)
         c_at = tl.multiple_of(tl.load(copies + number).to(tl.pointer_type(NARROW)), 16)
         if start + CHUNK <= size:
             for offset in tl.static_range(0, CHUNK, BLOCK):
                 place = start + offset + tl.arange(0, BLOCK)
                 g = tl.load(g_at + place).to(tl.float32) * scale
                 m, v, p = _stepped(
-                    g, tl.load(m_at + place), tl.load(v_at + place), tl.load(p_at + place),
-                    kept, length, root, beta1, beta2, eps,
+                    g, tl.load(m_at + place).to(tl.float32), tl.load(v_at + place).to(tl.float32),
+                    tl.load(p_at + place).to(tl.float32), kept, length, root, beta1, beta2, eps,
                 )  # fmt: skip
+                m, v, p = _stored(m, v, p, place, key, ROUNDS)
                 tl.store(m_at + place, m)
                 tl.store(v_at + place, v)
                 tl.store(p_at + place, p)
@@ -123,9 +160,12 @@ def _update(  # type: ignore[no-untyped-def]
                 inside = place < size
                 g = tl.load(g_at + place, mask=inside, other=0.0).to(tl.float32) * scale
                 m, v, p = _stepped(
-                    g, tl.load(m_at + place, mask=inside, other=0.0), tl.load(v_at + place, mask=inside, other=0.0),
-                    tl.load(p_at + place, mask=inside, other=0.0), kept, length, root, beta1, beta2, eps,
+                    g, tl.load(m_at + place, mask=inside, other=0.0).to(tl.float32),
+                    tl.load(v_at + place, mask=inside, other=0.0).to(tl.float32),
+                    tl.load(p_at + place, mask=inside, other=0.0).to(tl.float32),
+                    kept, length, root, beta1, beta2, eps,
                 )  # fmt: skip
+                m, v, p = _stored(m, v, p, place, key, ROUNDS)
                 tl.store(m_at + place, m, mask=inside)
                 tl.store(v_at + place, v, mask=inside)
                 tl.store(p_at + place, p, mask=inside)
@@ -135,7 +175,8 @@ def _update(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its running values, its weight decay, its working copy, and the tensor whose `grad` counts."""
+    """One parameter: its running values, its weight decay, its working copy, the tensor whose `grad` counts, and what
+    its chances start from."""
 
     weight: Tensor
     mean: Tensor
@@ -144,16 +185,20 @@ class Entry:
     decay: float
     copy: Tensor | None
     source: Tensor
+    start: int
 
 
 class Table:
-    """Parameters whose gradients have one type, and whose copies too: addresses and chunks, on the weights' device."""
+    """Parameters of one type whose gradients have one type, and whose copies too: addresses and chunks, on the weights'
+    device."""
 
     def __init__(self, entries: Sequence[Entry], betas: tuple[float, float]) -> None:
         device = entries[0].weight.device
         self.entries = entries
         self.copies = entries[0].copy is not None
         self.type = TYPES[entries[0].source.dtype]
+        self.kept = TYPES[entries[0].weight.dtype]
+        self.rounds = self.kept == tl.bfloat16
         self.narrow = TYPES[entries[0].weight.dtype if entries[0].copy is None else entries[0].copy.dtype]
         sizes = [entry.weight.numel() for entry in entries]
         chunks = [(n, start) for n, size in enumerate(sizes) for start in range(0, size, CHUNK)]
@@ -169,6 +214,8 @@ class Table:
         written = [entry.weight if entry.copy is None else entry.copy for entry in entries]
         self.written = addresses(written).to(device)
         self.corrections = torch.empty(2 * len(entries), dtype=torch.float32, device=device)
+        self.starts = torch.tensor([entry.start for entry in entries], dtype=torch.int32, device=device)
+        self.keys = torch.empty_like(self.starts)
         self.logs = torch.tensor([math.log(beta) for beta in betas], dtype=torch.float64, device=device)
         self.gradients = torch.zeros(len(entries), dtype=torch.int64, device=device)
         self.found: Tensor | None = None
@@ -194,12 +241,15 @@ class Table:
     def update(self, group: dict[str, Any], limit: float | None, norm: Tensor, flag: Tensor) -> None:
         """New weights, running values and copies."""
         (beta1, beta2), eps = group["betas"], group["eps"]
-        _corrections[(len(self.entries),)](self.steps, self.corrections, flag, self.logs, num_warps=1)
+        _corrections[(len(self.entries),)](
+            self.steps, self.corrections, flag, self.logs, self.starts, self.keys, self.rounds, num_warps=1
+        )
         _update[(self.chunks,)](
             self.weights, self.means, self.squares, self.gradients, self.written, self.sizes, self.decays,
-            self.tensor_of, self.start_of, self.corrections, norm, flag,
+            self.tensor_of, self.start_of, self.corrections, self.keys, norm, flag,
             group["lr"], 0.0 if limit is None else limit, beta1, beta2, eps,
-            limit is not None, self.copies, self.type, self.narrow, CHUNK, BLOCK, num_warps=WARPS,
+            limit is not None, self.copies, self.type, self.kept, self.rounds, self.narrow, CHUNK, BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 FLOPs are those of matrix products in the built graph, as train/plan.py counts them: attention over the whole
 length whatever the mask hides, every head at every place, the backward pass as two forwards. Memory is given for
-weights and matrix products in float32 and in bfloat16; training always keeps float32 weights, gradients and AdamW's
-two running values. Context of the device, its libraries and fragments are beside these figures.
+weights and matrix products in float32 and in bfloat16; training keeps float32 weights, gradients and AdamW's two
+running values, or bfloat16 ones where the preset's train.precision is bf16-true. Context of the device, its libraries
+and fragments are beside these figures.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from xtcli.parts.embed import longest_text
 from xtcli.parts.graphs import Graph
 from xtcli.parts.seq2seq import EncoderDecoder
 from xtcli.runs.run import gib
+from xtcli.train.device import STORED
 from xtcli.train.job import DEFAULT_CONTEXT
 from xtcli.train.plan import WORKSPACE, Plan, make_plan, measure
 
@@ -101,7 +103,7 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
     share = getattr(resolved.preset.objective, "supervised", 1.0)
     step = synthetic(model, batch, length, share)
     trained = forward if share == 1.0 else measure(model, step.split(1)[0], wide)
-    use = {}
+    stored, use = STORED.get(resolved.preset.train.precision), {}
     for name, dtype in PRECISIONS.items():
         typed = model if dtype == torch.float32 else skeleton(resolved, dtype)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in typed.parameters())
@@ -110,6 +112,7 @@ def measure_costs(resolved: Resolved, *, batch: int = 1, length: int | None = No
             model,
             step,
             dtype=dtype,
+            stored=dtype if dtype == stored else wide,
             micro_batch=batch,
             checkpointing=resolved.preset.train.checkpointing,
             free=0,

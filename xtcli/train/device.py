@@ -40,7 +40,9 @@ PEAKS = (
 )
 """Part of the device's name -> FLOP/s; the first that fits counts."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16, "fp16": torch.float16}
+STORED = {"bf16-true": torch.bfloat16}
+"""Type of the weights where it is not float32."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the matrix products, and of the copies of weights that they read; weights and optimizer state stay
-        float32."""
+        """Type of the matrix products, and of the copies of weights that they read."""
         return DTYPES[self.precision]
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Type of the weights, their gradients and the optimizer's running values."""
+        return STORED.get(self.precision, torch.float32)
 
     @property
     def peak(self) -> float | None:

@@ -117,13 +117,14 @@ def make_job(resolved: Resolved, talk: Callable[[str], None], *, resumed: Path |
         model,
         batch,
         dtype=place.dtype,
+        stored=place.stored,
         micro_batch=config.micro_batch,
         checkpointing=config.checkpointing,
         free=place.free(),
         device=place.device.type,
         carried=objective.carry,
     )
-    size = 4 * plan.parameters + optimizer_bytes(model)
+    size = place.stored.itemsize * plan.parameters + optimizer_bytes(model, place.stored)
     return Job(resolved, place, tokenizer, store, objective, validation, model, plan, size, fit)
 
 
@@ -199,13 +200,20 @@ def with_weights(job: Job, weights: dict[str, torch.Tensor] | None) -> Model:
             initial.fill(model, job.fit)
         if config.lora is not None:
             adapt(model, config.lora, seed)
-        return model.to(job.place.device)
+        return stored_in(model, job.place.stored).to(job.place.device)
     model = skeleton(job.resolved)
     if config.lora is not None:
         adapt(model, config.lora)
-    model.to_empty(device=job.place.device)
+    stored_in(model, job.place.stored).to_empty(device=job.place.device)
     with torch.no_grad():
         model.load_state_dict(weights, strict=True)
+    return model
+
+
+def stored_in(model: Model, dtype: torch.dtype) -> Model:
+    """The model with its parameters in `dtype`, in place; buffers, which nothing trains, keep their own."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -47,7 +47,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, self.config)
         self.working = Working(model, self.place.dtype, several=job.plan.micro_batch < self.config.batch)
         self.scaler = self.place.scaler()
-        self.change = update_for(model, self.optimizer, self.working, self.config.clip, self.scaler is not None)
+        scaled, limit, seed = self.scaler is not None, self.config.clip, self.config.seed
+        self.change = update_for(model, self.optimizer, self.working, limit, scaled, seed)
         self.progress = Progress()
         self.rate = schedule(self.config)
         self.done = Done()

@@ -65,9 +65,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def optimizer_bytes(model: nn.Module) -> int:
-    """Bytes that AdamW's running values will take, in memory and in a checkpoint."""
-    return ADAMW_COPIES * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+def optimizer_bytes(model: nn.Module, stored: torch.dtype = torch.float32) -> int:
+    """Bytes that AdamW's running values will take, in memory and in a checkpoint; they have the weights' type."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return ADAMW_COPIES * stored.itemsize * trained
 
 
 def clip(model: nn.Module, limit: float | None) -> Tensor:

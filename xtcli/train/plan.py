@@ -151,6 +151,7 @@ def make_plan(
     batch: Batch,
     *,
     dtype: torch.dtype,
+    stored: torch.dtype = torch.float32,
     micro_batch: int | None,
     checkpointing: bool,
     free: int,
@@ -160,16 +161,20 @@ def make_plan(
 ) -> Plan:
     """The plan of a step over `batch`; without a given `micro_batch`, the largest that fits into `free` bytes.
 
-    `cost` is that of the first row, where it has been measured before.
+    `cost` is that of the first row, where it has been measured before. dtype: of the products; stored: of the weights,
+    their gradients and AdamW's running values.
     """
     cost = cost or measure(skeleton, batch.split(1)[0], dtype, device, carried=carried)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
     kept = cost.kept(skeleton, checkpointing)
     # A gradient is made beside the sum that it is added to.
-    largest = max((4 * parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad), default=0)
-    casts = parameters * dtype.itemsize if dtype.itemsize < 4 else 0
-    fixed = int((4 * parameters + casts + 4 * trained * (1 + ADAMW_COPIES) + largest) * (1 + WORKSPACE))
+    size = stored.itemsize
+    largest = max(
+        (size * parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad), default=0
+    )
+    casts = parameters * dtype.itemsize if dtype.itemsize < size else 0
+    fixed = int((size * parameters + casts + size * trained * (1 + ADAMW_COPIES) + largest) * (1 + WORKSPACE))
     rows = len(batch.ids)
     if micro_batch is None:
         room = max(int(free * 0.9 - fixed), 0)
@@ -183,9 +188,9 @@ def make_plan(
         trained,
         batch.tokens,
         3 * cost.flops * rows,
-        4 * parameters + casts,
-        4 * trained,
-        4 * trained * ADAMW_COPIES,
+        size * parameters + casts,
+        size * trained,
+        size * trained * ADAMW_COPIES,
         cost.needed(min(micro_batch, rows), kept) + largest,
         min(micro_batch, rows),
         rows,

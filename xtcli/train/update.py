@@ -1,9 +1,10 @@
 """From gradients to new weights: the norm, the clipping, AdamW, the working copies.
 
     plain   PyTorch's operators, one after another: the specification, and what runs where there are no kernels of ours
+    rounded the same for weights in bfloat16, which are rounded by chance: the specification is rounded.py
     fast    fast/adamw.py: one reading of the gradients for their norm, one pass over everything for the update
 
-Both keep the same running values, under PyTorch's names, so that a run may change from one to the other.
+All keep the same running values, under PyTorch's names, so that a run may change from one to the other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli import fast
+from xtcli.train import rounded
 from xtcli.train.optim import clip
 from xtcli.train.working import Working
 
@@ -49,14 +51,63 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self.working.clear()
 
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The running values of a parameter, made at its first gradient."""
+        state: dict[str, Tensor] = self.optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        return state
 
-class FastUpdate(Update):
-    """The same in kernels of our own; parameters are float32 and lie in one piece."""
+
+class RoundedUpdate(Update):
+    """The same for parameters in bfloat16, by rounded.py; gradients are clipped on their way into the update."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, working: Working, limit: float | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        working: Working,
+        limit: float | None,
+        seed: int = 0,
     ) -> None:
         super().__init__(model, optimizer, working, limit)
+        self.trained = _numbered(optimizer)
+        device = next(iter(self.trained)).device
+        self.keys = rounded.keys(seed, len(self.trained)).to(device)
+        self.total = torch.zeros((), device=device)
+
+    def norm(self) -> Tensor:
+        self.total = rounded.norm_of([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+        return self.total
+
+    @torch.no_grad()
+    def apply(self, flag: Tensor | None = None) -> None:
+        lost = torch.zeros_like(self.total) if flag is None else flag
+        scale = None if self.limit is None else (self.limit / (self.total + 1e-6)).clamp(max=1.0)
+        for group in self.optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    key = self.keys[self.trained[weight]]
+                    rounded.step(weight, self.state(weight), group, key, scale, lost)
+
+
+class FastUpdate(Update):
+    """The same in kernels of our own; parameters are float32, or bfloat16 as in `RoundedUpdate`, and lie in one
+    piece."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        working: Working,
+        limit: float | None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, optimizer, working, limit)
+        trained = _numbered(optimizer)
+        self.keys = dict(zip(trained, rounded.keys(seed, len(trained)).tolist(), strict=True))
         self.copies: dict[Tensor, Tensor] = dict(zip(working.masters, working.copies, strict=True))
         self.tables: list[Table] = []  # of this step
         self.known: list[Table] = []  # of the last pass that was not a recorded one
@@ -112,20 +163,19 @@ class FastUpdate(Update):
                         group["weight_decay"],
                         copy,
                         source,
+                        self.keys[weight],
                     )
-                    entries.setdefault((source.dtype, copy is None), []).append(entry)
+                    entries.setdefault((source.dtype, weight.dtype, copy is None), []).append(entry)
         if not _same([table.entries for table in self.known], list(entries.values())):
             self.known = [Table(each, self.optimizer.param_groups[0]["betas"]) for each in entries.values()]
         self.tables = self.known
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The running values of a parameter, made at its first gradient."""
-        state: dict[str, Tensor] = self.optimizer.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        return state
+
+def _numbered(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
+    """The trained parameters and their numbers."""
+    return {
+        weight: n for n, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"])
+    }
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
@@ -139,13 +189,25 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 
 
 def update_for(
-    model: nn.Module, optimizer: torch.optim.Optimizer, working: Working, limit: float | None, scaled: bool
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    working: Working,
+    limit: float | None,
+    scaled: bool,
+    seed: int = 0,
 ) -> Update:
-    """The fast update where every trained parameter allows it, else the plain one, as under a gradient scaler."""
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    fits = all(_fits(weight) for weight in trained) and not scaled
-    return (FastUpdate if fits else Update)(model, optimizer, working, limit)
+    """The fast update where every trained parameter allows it, else a plain one, as under a gradient scaler.
+
+    seed: what rounding by chance starts from.
+    """
+    trained = list(_numbered(optimizer))
+    if not scaled and all(_fits(weight) for weight in trained):
+        return FastUpdate(model, optimizer, working, limit, seed)
+    if any(weight.dtype == torch.bfloat16 for weight in trained):
+        return RoundedUpdate(model, optimizer, working, limit, seed)
+    return Update(model, optimizer, working, limit)
 
 
 def _fits(weight: Tensor) -> bool:
-    return fast.runs_on(weight.device) and weight.is_contiguous() and weight.dtype == torch.float32
+    fits = weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16)
+    return fits and fast.runs_on(weight.device)

@@ -7,6 +7,8 @@ until they are handed on, or are read there. Products come out as under autocast
 weights at each use; what enters through a table starts the stream in 16 bits.
 
 A module says by name, in `products`, which of its parameters are read by products or looked up, and nothing else.
+
+Weights that are in 16 bits themselves are read as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from xtcli.fast.stacked import laid_out
 
 
 class Working:
-    """The copies of one model in `dtype`; with float32 there are none and nothing changes.
+    """The copies of one model in `dtype`; there are none where that is float32, or the type of the weights.
 
     several: whether a step has more than one backward pass.
     """
@@ -32,6 +34,9 @@ class Working:
         self.copies: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         if dtype.itemsize >= 4:
+            return
+        if all(weight.dtype == dtype for weight in model.parameters()):
+            lay_out(model)
             return
         made: dict[nn.Parameter, nn.Parameter] = {}
         laid = _laid_out(model, dtype)
@@ -79,14 +84,29 @@ class Working:
                 module._parameters[name] = master
 
 
+def lay_out(model: nn.Module) -> None:
+    """Move weights that enter one product one behind the other in memory, in place; they stay the same parameters."""
+    for weights in _joined(model):
+        for weight, place in zip(weights, laid_out(weights, weights[0].dtype), strict=True):
+            weight.data = place
+
+
 def _laid_out(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
-    """Copies of weights that enter one product (`joined`, set by joined.py), one behind the other in memory."""
+    """Copies of weights that enter one product, one behind the other in memory."""
     laid: dict[nn.Parameter, Tensor] = {}
-    for module in model.modules():
-        weights = [layer.weight for layer in getattr(module, "joined", ())]
-        if weights and not any(weight in laid for weight in weights):
-            laid |= zip(weights, laid_out(weights, dtype), strict=True)
+    for weights in _joined(model):
+        laid |= zip(weights, laid_out(weights, dtype), strict=True)
     return laid
+
+
+def _joined(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The weights that enter one product (`joined`, set by joined.py), each once."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        weights = [layer.weight for layer in vars(module).get("joined", ())]
+        if weights and seen.isdisjoint(weights):
+            seen.update(weights)
+            yield weights
 
 
 def _hand_on(master: Tensor, copy: Tensor) -> None:

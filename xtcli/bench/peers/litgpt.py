@@ -75,6 +75,7 @@ def train(ours: Setting, given: Exported, compiled: bool, path: None) -> Stepped
         for rows in ours.batch.split(ours.plan.micro_batch)
     ]
     call = torch.compile(theirs) if compiled else theirs
+    kind = place.precision.removesuffix("-true")
     return Stepped(
         "GPT",
         theirs,
@@ -84,6 +85,6 @@ def train(ours: Setting, given: Exported, compiled: bool, path: None) -> Stepped
         plain=lambda idx, targets: chunked_cross_entropy(theirs(idx), targets),
         rate=ours.rate,
         clip=config.clip,
-        note=f"{place.precision} weights and state, {'compiled whole' if compiled else 'not compiled'}, "
+        note=f"{kind} weights and state, {'compiled whole' if compiled else 'not compiled'}, "
         f"AdamW{' fused' if gpu else ''}",
     )

@@ -112,5 +112,5 @@ def groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 def described(place: Place, compiled: bool) -> str:
     """Number format and compiler of one that trains float32 weights."""
-    kind = "fp32" if place.precision == "fp32" else f"{place.precision} autocast"
+    kind = "fp32" if place.precision == "fp32" else f"{place.precision.removesuffix('-true')} autocast"
     return f"{kind}, {'compiled whole' if compiled else 'not compiled'}"
