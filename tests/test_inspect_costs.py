@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,15 +15,24 @@ from presets import DISTINCT
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import UserError
 from xtcli.inspect import cost, memory
-from xtcli.inspect.cost import measure_costs, synthetic
+from xtcli.inspect.cost import Costs, measure_costs, synthetic
 from xtcli.model import build, count, skeleton
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import KeyValues
 from xtcli.parts.patches import Patches
+from xtcli.registry import kinds
 from xtcli.train.counting import Alive, Kernels
 from xtcli.train.plan import measure
 
 PRESETS = DISTINCT
+
+
+@cache
+def measured(name: str) -> Costs:
+    """The costs of a preset in tiny form at 32 tokens, or at all its places where it has a fixed number of them."""
+    found = load_preset(name, tiny=True)
+    fixed = any(isinstance(module, Patches) for module in skeleton(found).modules())
+    return measure_costs(found, length=None if fixed else 32)
 
 
 def test_flops_of_gpt2_small_in_closed_form() -> None:
@@ -49,8 +59,7 @@ def test_heads_that_read_masked_places_alone_train_on_their_share() -> None:
 def test_flops_equal_those_of_an_operator_level_counter(name: str) -> None:
     """A real forward pass, attention written out, counted by PyTorch: within 1 %."""
     found = load_preset(name, tiny=True)
-    fixed = any(isinstance(module, Patches) for module in skeleton(found).modules())
-    costs = measure_costs(found, length=None if fixed else 32)
+    costs = measured(name)
     model = build(found)
     batch = synthetic(model, 1, costs.length)
     written_out = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -83,12 +92,11 @@ def _writes(name: str) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_is_two_times_heads_times_width_for_each_layer(name: str, precision: str) -> None:
     resolved = load_preset(name, tiny=True)
-    state = measure_costs(resolved, length=20).use[precision].state
     width = {"fp32": 4, "bf16": 2}[precision]
     wanted = {"attention": 0, "cross-attention": 0}
     if any("pattern" in side and side["pattern"] for side in _stacks(resolved)):
         pytest.skip("blocks of several kinds, whose states their own tests measure")
-    if not {kind for kind, _ in _attentions(resolved)} <= {*wanted, "mamba", "time-mix", "channel-mix"}:
+    if {kind for kind, _ in _attentions(resolved)} & {*kinds("mixer")} - {*wanted, "mamba", "time-mix", "channel-mix"}:
         pytest.skip("states of other kinds, which their own tests measure")
     if resolved.preset.model.kind == "decoder" and resolved.preset.model.stack.recurrence is not None:  # type: ignore[attr-defined]
         pytest.skip("a memory of one size")
@@ -97,6 +105,7 @@ def test_state_is_two_times_heads_times_width_for_each_layer(name: str, precisio
             wanted[kind] += (
                 2 * (item["kv_heads"] or item["heads"]) * (item["head_dim"] or item["dim"] // item["heads"]) * width
             )
+    state = measured(name).use[precision].state
     assert state is not None
     fixed = sum(_recurrent(kind, item, width) for kind, item in _attentions(resolved))
     assert (state.token, state.source, state.fixed) == (wanted["attention"], wanted["cross-attention"], fixed)

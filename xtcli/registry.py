@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, create_model
@@ -169,10 +170,9 @@ class Kinds:
             raise PydanticCustomError(
                 "slot_type", "should be a map from kinds of {slot} to their fields", {"slot": self.name}
             )
-        table = kinds(self.name)
-        fields: dict[str, Any] = {kind: (Annotated[Config | None, _OneKind(cls)], None) for kind, cls in table.items()}
-        node = create_model(self.name, __base__=Config, **fields)
-        found = node.model_validate({key: {} if entry is None else entry for key, entry in value.items()})
+        found = _any_of(self.name, tuple(kinds(self.name).items())).model_validate(
+            {key: {} if entry is None else entry for key, entry in value.items()}
+        )
         return {key: getattr(found, key) for key in value}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -180,6 +180,13 @@ class Kinds:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"x-kinds": self.name}
+
+
+@lru_cache(maxsize=16)
+def _any_of(name: str, table: tuple[tuple[str, type[Any]], ...]) -> type[Config]:
+    """A config with a field for each kind of a table; made anew when a part has joined it."""
+    fields: dict[str, Any] = {kind: (Annotated[Config | None, _OneKind(cls)], None) for kind, cls in table}
+    return create_model(name, __base__=Config, **fields)
 
 
 class _OneKind:

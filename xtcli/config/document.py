@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path as File
 from typing import Any
 
@@ -155,7 +156,7 @@ def read(file: File, name: str = "") -> Document:
 def parse(text: str, name: str) -> Document:
     """The document in a text. Raises UserError with file:line:col where the YAML syntax breaks."""
     try:
-        node = _Loader(text).get_single_node()
+        node = _composed(text)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
@@ -170,6 +171,12 @@ def parse(text: str, name: str) -> Document:
     if node is not None:
         document.tree = _Builder(document).build(node, ())
     return document
+
+
+@lru_cache(maxsize=128)
+def _composed(text: str) -> Node | None:
+    """The nodes of a text. They are only read, so whoever loads a preset again is spared most of the time of it."""
+    return _Loader(text).get_single_node()
 
 
 def _syntax(error: MarkedYAMLError, name: str) -> Exception:
