@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 
 def chance_of(count: int, step: int, number: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     key = rounded.keys(seed, number + 1)[number]
-    return rounded.chances(key, torch.tensor(float(step)), torch.Size([count]))
+    return rounded.chances(key, torch.tensor(float(step)), count)
 
 
 @pytest.mark.parametrize("value", [1.0, 1.0001, -0.02, 3e-7, 1e-30, 123.4, 0.0])

@@ -23,18 +23,22 @@ from torch import Tensor
 
 SECOND = 0x9E3779B1
 """What turns 32 drawn bits into more: the high half of their product with it."""
+SLICE = {"cpu": 2**16}
+"""Elements that are updated at once, by type of device: a CPU finds them all in its cache."""
+LARGE = 2**24
+"""The same elsewhere."""
 
 
 def hashed(x: Tensor) -> Tensor:
     """Each int32 of x mixed, a bijection: `lowbias32` of C. Wellons, github.com/skeeto/hash-prospector."""
-    x = (x ^ _high(x, 16)) * 0x7FEB352D
-    x = (x ^ _high(x, 15)) * (0x846CA68B - 2**32)
-    return x ^ _high(x, 16)
+    x = _high(x, 16).bitwise_xor_(x).mul_(0x7FEB352D)
+    x = _high(x, 15).bitwise_xor_(x).mul_(0x846CA68B - 2**32)
+    return _high(x, 16).bitwise_xor_(x)
 
 
 def _high(x: Tensor, by: int) -> Tensor:
     """x >> by as of unsigned numbers."""
-    return (x >> by) & ((1 << (32 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (32 - by)) - 1)
 
 
 def keys(seed: int, count: int) -> Tensor:
@@ -44,19 +48,20 @@ def keys(seed: int, count: int) -> Tensor:
     return hashed(hashed(start) ^ torch.arange(1, count + 1, dtype=torch.int32))
 
 
-def chances(key: Tensor, step: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """16 bits for each element of a parameter, of its first running value and of its second, int32 in [0, 2^16).
+def chances(key: Tensor, step: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """16 bits for each of `count` elements of a parameter from place `first` on, of its first running value and of its
+    second: int32 in [0, 2^16).
 
     key: the parameter's; step: its count of steps. Any two of the three are independent.
     """
-    places = torch.arange(shape.numel(), dtype=torch.int32, device=step.device).view(shape)
-    drawn = hashed(places ^ hashed(key ^ step.to(torch.int32)))
+    places = torch.arange(first, first + count, dtype=torch.int32, device=step.device)
+    drawn = hashed(places.bitwise_xor_(hashed(key ^ step.to(torch.int32))))
     return drawn & 0xFFFF, _high(drawn, 16), _high(drawn * (SECOND - 2**32), 16)
 
 
 def rounded(x: Tensor, chance: Tensor) -> Tensor:
     """x (float32) in bfloat16: away from zero where the 16 bits that are lost and `chance` make more than 16 bits."""
-    up = ((x.view(torch.int32) + chance) & -0x10000).view(torch.float32)
+    up = (x.view(torch.int32) + chance).bitwise_and_(-0x10000).view(torch.float32)
     # Bits of a NaN may run over into a number; an infinity has none to lose.
     return torch.where(x.isnan(), x, up).to(torch.bfloat16)
 
@@ -71,25 +76,38 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
 
 
 def step(
-    weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], key: Tensor, scale: Tensor | None, lost: Tensor
+    weight: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    key: Tensor,
+    scale: Tensor | None,
+    lost: Tensor | None,
 ) -> None:
     """One parameter's step, in place: `weight` and running values bfloat16, its gradient of any type.
 
-    scale: what gradients are multiplied by. lost: a scalar other than 0 leaves everything as it is.
+    scale: what gradients are multiplied by, if not 1. lost: a scalar that, other than 0, leaves everything as it is.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
-    mean, square, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
-    assert weight.grad is not None
-    g = weight.grad.float()
-    g = g if scale is None else g * scale
+    count, kept = state["step"], None if lost is None else lost != 0
     after = count + 1
-    m = mean.float()
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * square.float() + (1 - beta2) * g * g
     length = rate / -torch.expm1(after * math.log(beta1)) if beta1 else rate
     root = torch.rsqrt(-torch.expm1(after * math.log(beta2))) if beta2 else 1.0
-    p = weight.float() * (1 - rate * group["weight_decay"]) - length * m / (v.sqrt() * root + group["eps"])
-    kept = lost != 0
-    for old, new, chance in zip((weight, mean, square), (p, m, v), chances(key, after, weight.shape), strict=True):
-        old.copy_(torch.where(kept, old, rounded(new, chance)))
-    count.copy_(torch.where(kept, count, after))
+    held = [weight, state["exp_avg"], state["exp_avg_sq"]]
+    flat = [tensor.reshape(-1) for tensor in held]
+    assert weight.grad is not None
+    gradient, size = weight.grad.reshape(-1), SLICE.get(weight.device.type, LARGE)
+    for first in range(0, len(gradient), size):
+        old = [tensor[first : first + size] for tensor in flat]
+        p, m, v = (tensor.float() for tensor in old)
+        g = gradient[first : first + size].float()
+        g = g if scale is None else g * scale
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.mul_(1 - rate * group["weight_decay"]).sub_(m / (v.sqrt() * root + group["eps"]) * length)
+        for before, new, chance in zip(old, (p, m, v), chances(key, after, len(g), first), strict=True):
+            made = rounded(new, chance)
+            before.copy_(made if kept is None else torch.where(kept, before, made))
+    for tensor, line in zip(held, flat, strict=True):
+        if line.data_ptr() != tensor.data_ptr():
+            tensor.copy_(line.view(tensor.shape))
+    count.copy_(after if kept is None else torch.where(kept, count, after))

@@ -84,13 +84,12 @@ class RoundedUpdate(Update):
 
     @torch.no_grad()
     def apply(self, flag: Tensor | None = None) -> None:
-        lost = torch.zeros_like(self.total) if flag is None else flag
         scale = None if self.limit is None else (self.limit / (self.total + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
                     key = self.keys[self.trained[weight]]
-                    rounded.step(weight, self.state(weight), group, key, scale, lost)
+                    rounded.step(weight, self.state(weight), group, key, scale, flag)
 
 
 class FastUpdate(Update):
