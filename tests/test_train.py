@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import xt
 from pictures import listed
 
 import xtcli
@@ -61,12 +62,6 @@ def train(preset: str, *overrides: str, out: Path, size: str | None = None) -> t
     return code, lines
 
 
-def xt(*words: str, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xtcli", *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
 @pytest.mark.parametrize("name", names())
 def test_parameter_count_is_the_published_one(name: str) -> None:
     resolved = load_preset(name)
@@ -90,7 +85,8 @@ def test_tiny_preset_learns_saves_and_generates(name: str, data: dict[str, Path]
     source = data[find("objective", load_preset(name).preset.objective.kind).data]
     options = [
         f"data={source}",
-        "train.steps=40",
+        "train.steps=20",
+        "train.lr=3e-3",
         "train.validate_every=0",
         "train.log_every=1",
         "train.sample_every=0",
@@ -99,9 +95,9 @@ def test_tiny_preset_learns_saves_and_generates(name: str, data: dict[str, Path]
     code, lines = train(name, *options, out=tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert code == 0
-    assert len(losses) == 40
+    assert len(losses) == 20
     assert sum(losses[-5:]) / 5 < losses[0] * 0.9
-    assert (tmp_path / "run" / "samples" / "step-40.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "run" / "samples" / "step-20.txt").read_text(encoding="utf-8")
     loaded = xtcli.load(tmp_path / "run")
     assert count(loaded) == count(build(load_preset(name, tiny=True), device="meta"))
 
@@ -126,15 +122,22 @@ RESUME = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train("gpt2-nano", f"data={text}", *QUICK, *RESUME, out=out)
+    return out
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stops", [(1,), (7, 12), (6, 10, 11, 18, 23)])
 def test_resumed_run_equals_one_never_stopped(
-    stops: tuple[int, ...], workers: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stops: tuple[int, ...], workers: int, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if workers and len(stops) != 2:
         pytest.skip("one pattern of stops is enough for worker processes")
     options = [f"data={text}", *QUICK, *RESUME, f"train.workers={workers}"]
-    train("gpt2-nano", *options, out=tmp_path / "whole")
     stop_after(stops[0], monkeypatch)
     code, _ = train("gpt2-nano", *options, out=tmp_path / "cut")
     assert code == 128 + signal.SIGTERM
@@ -142,8 +145,8 @@ def test_resumed_run_equals_one_never_stopped(
         stop_after(at, monkeypatch)
         code, _ = resume(tmp_path / "cut", [], command=["xt"], record=lambda line: None, talk=quiet)
         assert code == (0 if at is None else 128 + signal.SIGTERM)
-    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
-    ours, theirs = xtcli.load(tmp_path / "cut"), xtcli.load(tmp_path / "whole")
+    assert comparable(tmp_path / "cut") == comparable(whole)
+    ours, theirs = xtcli.load(tmp_path / "cut"), xtcli.load(whole)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -164,26 +167,40 @@ def stop_after(step: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.Trainer, "step", stepped)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_prints_the_resume_command(
-    number: signal.Signals, code: int, text: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    words = ["train", "gpt2-nano", "--tiny", "--out", str(run), f"data={text}", *QUICK, "train.steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "xtcli", *words, "train.log_every=1"], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and '"step": 3,' not in log_of(run):
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+def endless(run: Path, text: Path) -> list[str]:
+    """The words of a run that only a signal ends."""
+    words = ["train", "gpt2-nano", "--tiny", "--out", str(run), f"data={text}", *QUICK]
+    return [*words, "train.steps=100000", "train.log_every=1"]
+
+
+def stopped(run: Path, code: int, expected: int, said: str) -> None:
+    """Check what a run that was stopped leaves behind."""
+    assert code == expected
     assert f"xt train {run}" in said.splitlines()[-1]
     assert "Traceback" not in said
     after = xt("train", str(run), "train.steps=8", "--dry-run")
     assert after.returncode == 0, after.stderr
     xtcli.load(run)
+
+
+def test_ctrl_c_saves_and_prints_the_resume_command(text: Path, tmp_path: Path) -> None:
+    """In a process of its own, which is interrupted wherever it is."""
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "xtcli", *endless(run, text)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and '"step": 3,' not in log_of(run):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    stopped(run, process.returncode, 130, said)
+
+
+def test_sigterm_saves_and_prints_the_resume_command(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(3, monkeypatch)
+    done = xt(*endless(tmp_path / "run", text))
+    stopped(tmp_path / "run", done.returncode, 143, done.stderr)
 
 
 def log_of(run: Path) -> str:
