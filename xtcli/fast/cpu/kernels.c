@@ -3,6 +3,7 @@
 #include "attention.c"
 #include "decode.c"
 #include "pointwise.c"
+#include "slopes.c"
 
 runtime threads;
 

@@ -43,6 +43,43 @@ INLINE vec all(float x) { return x - (vec){0}; }
 
 INLINE vec pick(ivec where, vec yes, vec no) { return (vec)(((ivec)yes & where) | ((ivec)no & ~where)); }
 
+INLINE ivec all_whole(int32_t x) { return x - (ivec){0}; }
+
+/* 0, 1, 2 ... */
+INLINE ivec counting(void) {
+    ivec x;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = i;
+    return x;
+}
+
+/* LANES vectors as rows: their columns, in place. */
+INLINE void transposed(vec x[LANES]) {
+#if defined(__clang__) || !defined(__OPTIMIZE__)
+    float from[LANES * LANES], to[LANES];
+    memcpy(from, x, sizeof from);
+    for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < LANES; j++) to[j] = from[j * LANES + i];
+        x[i] = load(to);
+    }
+#else
+    /* Squares of the half size change places, then those within them. */
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        const ivec at = counting(), upper = (at & half) != 0;
+        const ivec first = ((at + (LANES - half)) & upper) | (at & ~upper);
+        const ivec second = ((at + LANES) & upper) | ((at + half) & ~upper);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & half)) {
+                const vec a = x[i], b = x[i + half];
+                x[i] = __builtin_shuffle(a, b, first);
+                x[i + half] = __builtin_shuffle(a, b, second);
+            }
+    }
+#endif
+}
+
 /* The larger of two; b where one is NaN. */
 INLINE vec larger(vec a, vec b) {
 #if defined(__AVX512F__)
