@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from commands import xt
 
 from xtcli.bench import again, generation, overhead, peers, performance, race, report, results, stepping, training
 from xtcli.bench.peers.hf import arguments
@@ -221,13 +220,9 @@ def test_wrong_budgets_are_refused(given: str) -> None:
         amounts.seconds(given)
 
 
-def xt(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "xtcli", "bench", *arguments], capture_output=True, text=True)
-
-
 def test_the_command_writes_table_file_and_picture(tmp_path) -> None:
     out, plot = tmp_path / "a.json", tmp_path / "a.png"
-    done = xt("attention", "--seq", "32", "--mask", "causal", "--heads", "2", "--head-dim", "8", "--device", "cpu",
+    done = xt("bench", "attention", "--seq", "32", "--mask", "causal", "--heads", "2", "--head-dim", "8", "--device", "cpu",
               "--out", str(out), "--plot", str(plot))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "causal" in done.stdout and "TFLOP/s" in done.stdout and "needs an NVIDIA GPU" in done.stdout
@@ -248,7 +243,7 @@ def test_the_command_writes_table_file_and_picture(tmp_path) -> None:
     ],
 )
 def test_mistakes_read_as_sentences(arguments: list[str], message: str) -> None:
-    done = xt(*arguments)
+    done = xt("bench", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -324,7 +319,7 @@ def test_all_comparisons_stand_in_one_table(performed) -> None:
 
 def test_the_page_is_made_from_the_file(performed, tmp_path) -> None:
     results.write(tmp_path / "p.json", performed)
-    done = xt("--show", str(tmp_path / "p.json"), "--markdown")
+    done = xt("bench", "--show", str(tmp_path / "p.json"), "--markdown")
     assert done.returncode == 0, done.stderr
     page = done.stdout
     assert page == performance.page(performed)

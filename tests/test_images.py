@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import xt
 from pictures import COLOURS, TEXTS, in_folders, listed, square
 from torch import nn
 
@@ -72,10 +73,6 @@ def train(preset: str, folder: Path, data: Path, *overrides: str) -> list[dict[s
     code, _ = new(resolved, out=folder / "run", command=["xt"], record=lines.append, talk=lambda text: None)
     assert code == 0
     return lines
-
-
-def xt(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "xtcli", *words], capture_output=True, text=True, check=False)
 
 
 def embedding(**config: Any) -> Graph:
@@ -270,7 +267,8 @@ def test_a_captioner_learns_two_captions_and_says_them_of_files(tmp_path: Path) 
     assert losses[-1] < 0.2 < 2 < losses[0]
     files = [data / "0.png", data / "1.png"]
     words = [word for file in files for word in ("--image", str(file))]
-    done = xt("generate", "--ckpt", str(tmp_path / "run"), *words, "--max-tokens", "30")
+    command = [sys.executable, "-m", "xtcli", "generate", "--ckpt", str(tmp_path / "run"), *words, "--max-tokens", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [TEXTS["red"], TEXTS["blue"]]
     beams = xt("generate", "--ckpt", str(tmp_path / "run"), *words[:2], "--beams", "3", "--max-tokens", "30")
