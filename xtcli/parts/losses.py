@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtcli.fast.cpu import crossentropy as oncpu
 from xtcli.parts.linear import widen
 from xtcli.parts.outputs import IGNORE, Term
 
@@ -40,6 +41,8 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
 
     Columns beyond `vocab` only fill up the width: no probability falls on them.
     """
+    if oncpu.takes(logits, targets, cap, vocab):
+        return oncpu.terms(logits, targets, smoothing, IGNORE)
     wide = widen(logits)
     if cap is not None:
         bent = torch.tanh(wide / cap)

@@ -24,7 +24,8 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 SECONDS = 120
 """After which a compiler is not waited for any more."""
 HERE = Path(__file__).parent
-SOURCES = ("kernels.c", "attention.c", "slopes.c", "pointwise.c", "decode.c", "lanes.h", "acts.h", "team.h")
+HEADERS = ("lanes.h", "acts.h", "team.h")
+SOURCES = ("kernels.c", "attention.c", "slopes.c", "pointwise.c", "crossentropy.c", "decode.c", *HEADERS)
 THREADS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 """Entry points of the OpenMP runtime that PyTorch has loaded, whose threads the kernels run on."""
 

@@ -1,6 +1,7 @@
 /* All kernels in one piece. */
 
 #include "attention.c"
+#include "crossentropy.c"
 #include "decode.c"
 #include "pointwise.c"
 #include "slopes.c"
