@@ -14,7 +14,7 @@ from test_fast_oncpu import CHANGED, PLANNED, PROMPT, made
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtcli.fast.cpu import attention, build, crossentropy, decode, feedforward, pointwise
+from xtcli.fast.cpu import attention, build, crossentropy, decode, feedforward, parted, pointwise
 from xtcli.fast.oncpu import Lean
 from xtcli.fast.plan import plan
 from xtcli.generate.engine import undisturbed
@@ -217,6 +217,33 @@ def test_a_feed_forward_that_someone_watches_calls_its_layers(all_sizes: None) -
     mlp.up.register_forward_hook(lambda module, given, y: seen.append(y))
     mlp.inner(torch.randn(2, 40, mlp.up.in_features))
     assert len(seen) == 1
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [4, 2])
+def test_slopes_of_a_joint_product_lie_together(groups: int, all_sizes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    joint = torch.randn(2, 40, (4 + 2 * groups) * 16, generator=generator).requires_grad_()
+    copied: list[Any] = []
+    usual = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *rest: copied.append(rest) or usual(*rest))
+    found = []
+    for split in (parted.parted, lambda y, sizes: y.split(sizes, -1)):
+        q, k, v = split(joint, [64, 16 * groups, 16 * groups])
+        heads = [one.unflatten(-1, (-1, 16)).transpose(1, 2) for one in (q, k, v)]
+        y = attention.attend(*heads, Visible(causal=True), 0.25)
+        found.append(torch.autograd.grad(y.square().sum(), joint)[0])
+    assert torch.equal(*found) and not copied
+
+
+def test_parts_that_lie_elsewhere_are_put_together() -> None:
+    whole = torch.arange(60.0).view(2, 3, 10)
+    a, b, c = whole.split([2, 5, 3], -1)
+    for parts in ((a, b, c), (b, c), (a, c, b), (c, a), (a, b.clone(), c), (whole[:1, :, :5], whole[1:, :, 5:])):
+        assert torch.equal(parted.together(parts), torch.cat(parts, -1))
+    assert parted.together((a, b, c)).data_ptr() == whole.data_ptr()
+    rows = whole.view(6, 10)
+    assert parted.together((rows[:, :4], rows[:, 4:])).data_ptr() == whole.data_ptr()
 
 
 @needs_library

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.fast import gated, heads, linear
+from xtcli.fast.cpu.parted import parted
 from xtcli.parts.attention import Attention
 from xtcli.parts.context import Ctx
 from xtcli.parts.ffn import GLU
@@ -47,7 +48,8 @@ def at_once(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
     """What each of `layers` makes of x (..., in), by one product."""
     weights: list[Tensor] = [layer.weight for layer in layers]
     y = layers[0].multiply(x, torch.cat(weights), torch.cat(biases) if (biases := _biases(layers)) else None)
-    made: tuple[Tensor, ...] = y.split([layer.out_features for layer in layers], -1)
+    sizes = [layer.out_features for layer in layers]
+    made: tuple[Tensor, ...] = parted(y, sizes) if y.device.type == "cpu" else y.split(sizes, -1)
     return made
 
 

@@ -2,6 +2,7 @@
 
 build         the library: compiled once on each machine for its CPU, kept in the user's cache
 attention     attention and its slopes, for training and for reading prompts
+parted        parts of a joint product, whose slopes lie together
 pointwise     GELU and its slope
 feedforward   two products with a GELU between them
 crossentropy  the loss of logits and its slope

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xtcli.fast.cpu.build import library
+from xtcli.fast.cpu.parted import abreast
 from xtcli.parts.context import Visible
 
 LANES, WIDEST = 16, 256
@@ -93,7 +94,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> Any:
         q, k, v, mask, out, norms = ctx.saved_tensors
         slope = slope if slope.stride(3) == 1 else slope.contiguous()
-        slopes = [_beside(one) for one in (q, k, v)]
+        slopes = abreast(q, k, v) if q.shape[2] == k.shape[2] else [_beside(one) for one in (q, k, v)]
         call = _call(q, k, v, mask, ctx.causal, ctx.scale, out, norms)
         call.slope, call.dq, call.dk, call.dv = (_rows(one) for one in (slope, *slopes))
         _run(call, True, "xt_attention_slopes")
