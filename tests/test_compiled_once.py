@@ -47,6 +47,21 @@ def started(name: str, layers: int, *overrides: str) -> stepping.Bench:
     return stepping.start(name, resolved, CPU, plan, batch, skeleton, 0)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="the compiler needs a C++ one")
+def test_blocks_that_are_computed_again_are_compiled_too() -> None:
+    captured, losses = [], []
+    for again in ("false", "true"):
+        torch._dynamo.reset()
+        counters.clear()
+        bench = started("gpt2-small", 2, f"train.checkpointing={again}", "model.dropout=0")
+        for _ in range(3):
+            bench.step()
+        captured.append(counters["stats"]["calls_captured"])
+        losses.append(bench.losses)
+    assert captured[0] == captured[1] > 0
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 @pytest.mark.parametrize("name", ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small"])
 def test_nothing_is_compiled_after_the_second_step(name: str) -> None:
     bench = started(name, 2)

@@ -36,7 +36,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         "FORWARD": (32, 16, 4, 1),
         "QUERIES": (16, 32, 4, 1),
         "KEYS": (32, 16, 4, 1),
-        "KEYS_OF_GROUPS": (16, 32, 4, 1),
+        "KEYS_OF_GROUPS": (32, 16, 4, 1),
     }.items():
         monkeypatch.setattr(own, table, dict.fromkeys(windows.WIDTHS, size))
     blockmasks._of_rule_alone.cache_clear()

@@ -1,6 +1,7 @@
 """Passes over the compiler's graphs, which join what stands in different modules to kernels of our own.
 
     add_onto      x W^T (+ b) and a stream that it is added to, alone or in front of a norm: one product onto the stream
+    join          attention's slopes of queries, keys and values, and the joint slope of their product (windowjoint.py)
     sum_beside    the sum over the rows of a slope that the kernel of a norm's way back reads or writes: by that kernel
 
 They see values, not modules: wherever a sum is of such a kind it is joined, and what stands between (dropout, a scale,
@@ -21,6 +22,7 @@ from torch.fx import Graph, Node
 # Their operators are what is looked for.
 from xtcli.fast import linear as _linear
 from xtcli.fast import norms as _norms
+from xtcli.fast import windowjoint
 
 aten, prims, xt = torch.ops.aten, torch.ops.prims, torch.ops.xt
 
@@ -33,10 +35,11 @@ class Passes(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         add_onto(graph)
+        windowjoint.join(graph)
         sum_beside(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, _linear.__file__, _norms.__file__))
+        return get_hash_for_files((__file__, _linear.__file__, _norms.__file__, windowjoint.__file__))
 
 
 PASSES = Passes()
