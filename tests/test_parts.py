@@ -7,6 +7,7 @@ each kind of a slot where that slot is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -321,12 +322,22 @@ def test_packed_documents_are_alone(causal: bool, config: dict[str, Any]) -> Non
         torch.testing.assert_close(part, alone, atol=5e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[None]:
+    """A compiler that keeps what it has made, for any number of models: their losses and norms are alike."""
+    torch._dynamo.reset()
+    kept = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
+    with torch._dynamo.config.patch(kept):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("causal", "config"), [c for c in CASES if c.values[0]])
+@pytest.mark.usefixtures("compiler")
 def test_blocks_compile_without_a_graph_break(causal: bool, config: dict[str, Any]) -> None:
     model = make(causal, config)
     given = inputs(model)
     expected = model.losses(given, {"lm": given["input_ids"]})["lm"].sum
-    torch._dynamo.reset()
     compile_blocks(model, backend="eager", fullgraph=True)
     found = model.losses(given, {"lm": given["input_ids"]})["lm"].sum
     torch.testing.assert_close(found, expected)
