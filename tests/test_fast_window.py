@@ -185,8 +185,9 @@ def test_compiles_whole() -> None:
     [
         (True, {"heads": 2, "kv_heads": 1, "mask": {"kind": "window", "left": 40}}),
         (False, {"kind": "local", "radius": 20, "heads": 2, "kv_heads": 1}),
+        (False, {"kind": "sliding-global", "radius": 20, "heads": 2, "kv_heads": 1, "globals": "first"}),
     ],
-    ids=["window", "local"],
+    ids=["window", "local", "global"],
 )
 @pytest.mark.parametrize("pad", ["none", "left"])
 def test_models_agree_on_both_routes(
@@ -217,6 +218,50 @@ def test_models_agree_on_both_routes(
     assert calls
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine, slopes, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("groups", "pad", "packed"), [(2, "none", False), (1, "left", False), (2, "holes", True)])
+def test_keys_besides_a_window(groups: int, pad: str, packed: bool) -> None:
+    """Three marked keys in one row and one in the other, against a stored mask."""
+    length = 100
+    ctx = texts(length, pad, packed)
+    marked = torch.zeros(2, length, dtype=torch.bool)
+    marked[0, [2, 50, 97]] = marked[1, 60] = True
+    if ctx.keep is not None:
+        marked &= ctx.keep
+    count = int(marked.sum(1).max())
+    slots = torch.arange(length)
+    places = torch.where(marked, slots, length).sort(1).values[:, :count]
+    seen = (places < length)[:, None, None, :]
+    if ctx.documents is not None:
+        theirs = ctx.documents.expand(2, -1).gather(1, places.clamp(max=length - 1))
+        seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
+    near = blockmasks.around(9, 1, marked, ctx.keep, ctx, (places, seen)).near(16, torch.float32)
+    assert near is not None and near.beside is not None
+    given, dy = heads(groups, length, 16)
+    pairs = ((slots[:, None] - slots[None, :]).abs() <= 9) | marked[:, None, :]
+    if ctx.keep is not None:
+        pairs = pairs & ctx.keep[:, None, :]
+    if ctx.documents is not None:
+        pairs = pairs & (ctx.documents[:, :, None] == ctx.documents[:, None, :])
+    some = pairs.any(-1)[:, None, :, None]
+    wanted = plain(*given, Visible(mask=pairs[:, None] | ~some), 0.3, 0.0, SOFTMAX) * some
+    found = near.attend(*given, 0.3)
+    torch.testing.assert_close(found, wanted, atol=5e-6, rtol=2e-5)
+    slopes = torch.autograd.grad(wanted, given, dy)
+    for mine, others in zip(torch.autograd.grad(found, given, dy), slopes, strict=True):
+        torch.testing.assert_close(mine, others, atol=1e-5, rtol=1e-4)
+
+
+def test_many_keys_besides_a_window_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "runs_on", lambda device: True)
+    monkeypatch.setattr(windows, "BESIDE", 2)
+    ctx, marked = texts(64, "none", False), torch.zeros(2, 64, dtype=torch.bool)
+    for count, fits in ((2, True), (3, False)):
+        beside = torch.zeros(2, count, dtype=torch.long), torch.ones(2, 1, 1, count, dtype=torch.bool)
+        blocks = blockmasks.around(9, 1, marked, None, ctx, beside)
+        assert (blocks.near(16, torch.bfloat16) is not None) is fits
 
 
 def test_what_is_no_window_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

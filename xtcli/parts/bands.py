@@ -271,12 +271,12 @@ class WindowLayout(nn.Module):
             return self.whole(x, ctx, None)
         return self.band(x, ctx, biases, ctx.keep)
 
-    def whole(self, x: Tensor, ctx: Ctx, marked: Tensor | None) -> Whole:
-        """The window and the keys that are `marked` (B, T), for the kernel. Padding sees what it may: its output is
-        not used."""
+    def whole(self, x: Tensor, ctx: Ctx, marked: Tensor | None, beside: tuple[Tensor, Tensor] | None = None) -> Whole:
+        """The window and the keys that are `marked` (B, T), whose places and who sees them are `beside`, for the
+        kernel. Padding sees what it may: its output is not used."""
         real, documents = (None if y is None else y.expand(x.shape[0], -1) for y in (ctx.keep, ctx.documents))
         ctx = replace(ctx, documents=documents)
-        return Whole(blockmasks.around(self.radius, self.dilation, marked, real, ctx))
+        return Whole(blockmasks.around(self.radius, self.dilation, marked, real, ctx, beside))
 
     def band(self, x: Tensor, ctx: Ctx, biases: Any, keys: Tensor | None) -> Band:
         """The band whose windows hold the keys (B, T) that are True, all of them without."""

@@ -15,7 +15,7 @@ Axes: B rows, H query heads, T tokens, N blocks of queries or keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,8 +205,16 @@ def within(some: Tensor, every: Tensor, keep: Tensor | None, documents: Tensor |
     return some, every
 
 
-def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | None, ctx: Ctx) -> Blocks:
-    """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T)."""
+def around(
+    radius: int,
+    dilation: int,
+    marked: Tensor | None,
+    keys: Tensor | None,
+    ctx: Ctx,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Blocks:
+    """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T).
+    `beside` is what windows.py is to know of the marked ones."""
     length, documents = ctx.keys.shape[1], ctx.documents
     rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
     if marked is None and keys is None and documents is None:
@@ -225,6 +233,10 @@ def around(radius: int, dilation: int, marked: Tensor | None, keys: Tensor | Non
         known = by_block(marked)
         some, every = some | known.any(-1)[:, None, None], every | known.all(-1)[:, None, None]
     near = windows.of_rule(rule, ctx.keys.device, label, None) if marked is None else None
+    if marked is not None and beside is not None and beside[0].shape[1] <= windows.BESIDE:
+        hidden = labels(~marked if keys is None else keys & ~marked, documents)
+        near = windows.of_rule(rule, ctx.keys.device, hidden, None)
+        near = None if near is None else replace(near, beside=beside)
     return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True, window=near)
 
 

@@ -85,7 +85,7 @@ class MarkedLayout(WindowLayout):
             seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
         marked = Marked(places, real, seen)
         if self.free and routes.suits(x):
-            return self.whole(x, ctx, found.expand(x.shape[0], -1)), marked
+            return self.whole(x, ctx, found.expand(x.shape[0], -1), (places, seen)), marked
         return self.band(x, ctx, biases, keys), marked
 
     def find(self, x: Tensor, ctx: Ctx) -> Tensor | None:

@@ -27,6 +27,9 @@ WIDTHS = (16, 32, 64, 128)
 KINDS: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 """What it multiplies."""
 
+BESIDE = 64
+"""Keys besides a window up to which their scores are written out."""
+
 SHORT_WIDTH, SHORT_STEP = 64, 64
 """Width of a head, and what the tokens are a multiple of, with which short texts were measured."""
 
@@ -37,11 +40,16 @@ see the past, in heads of their own or in groups that share keys, and those that
 
 @dataclass(frozen=True)
 class Near:
-    """Query t sees the keys from t - left to t + right. labels: int32 (B, T) of queries and of keys, or None."""
+    """Query t sees the keys from t - left to t + right. labels: int32 (B, T) of queries and of keys, or None.
+
+    beside: places (B, E) of keys that labels hide from the window and that are seen besides, T where a row has fewer,
+    and who sees them (B, 1, 1|T, E).
+    """
 
     left: int
     right: int
     labels: tuple[Tensor, Tensor] | None
+    beside: tuple[Tensor, Tensor] | None = None
 
     def takes(self, width: int, dtype: torch.dtype) -> bool:
         """Whether the kernel attends with heads of this width."""
@@ -50,6 +58,12 @@ class Near:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
         mine, theirs = (None, None) if self.labels is None else self.labels
+        if self.beside is not None:
+            from xtcli.fast import windowaside
+
+            places, seen = self.beside
+            places = places.clamp(max=q.shape[2] - 1)
+            return windowaside.attend(q, k, v, places, seen, mine, theirs, self.left, self.right, scale)  # type: ignore[arg-type]
         y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, self.left, self.right, scale)[0]
         return y
 
