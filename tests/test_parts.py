@@ -7,7 +7,9 @@ each kind of a slot where that slot is.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -178,6 +180,16 @@ def make(causal: bool, config: dict[str, Any], seed: int = 0) -> Graph:
     return model.eval()
 
 
+@cache
+def _made(causal: bool, config: str) -> Graph:
+    return make(causal, json.loads(config))
+
+
+def made(causal: bool, config: dict[str, Any]) -> Graph:
+    """The small model of a case, made once; for tests that leave it as it is."""
+    return _made(causal, json.dumps(config))
+
+
 def inputs(model: Graph, rows: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     given = {"input_ids": torch.randint(0, VOCAB - 1, (rows, LENGTH), generator=generator)}
@@ -239,7 +251,7 @@ def test_gradient_reaches_every_parameter(causal: bool, config: dict[str, Any]) 
 
 @pytest.mark.parametrize(("causal", "config"), [c for c in CASES if c.values[0]])
 def test_future_is_unseen(causal: bool, config: dict[str, Any]) -> None:
-    model = make(causal, config)
+    model = made(causal, config)
     given = inputs(model)
     before = logits(model, **given)
     changed = dict(given, input_ids=given["input_ids"].clone())
@@ -261,7 +273,7 @@ def length_dependent(model: Graph) -> bool:
 @pytest.mark.parametrize(("causal", "config"), [c for c in CASES if c.values[0]])
 @pytest.mark.parametrize("chunks", [(LENGTH,), (9, 1, 5, 1, 8), (1,) * LENGTH])
 def test_decoding_in_steps_equals_one_pass(causal: bool, config: dict[str, Any], chunks: tuple[int, ...]) -> None:
-    model = make(causal, config)
+    model = made(causal, config)
     given = inputs(model)
     if length_dependent(model):
         given["input_ids"] = given["input_ids"][:, :16]
@@ -287,7 +299,7 @@ def hides(model: Graph) -> bool:
 
 @pytest.mark.parametrize(("causal", "config"), CASES)
 def test_padding_on_the_right_changes_nothing(causal: bool, config: dict[str, Any]) -> None:
-    model = make(causal, config)
+    model = made(causal, config)
     given = inputs(model)
     short = {name: value[:, :13] if name == "input_ids" else value for name, value in given.items()}
     mask = torch.ones(2, LENGTH, dtype=torch.long)
@@ -302,7 +314,7 @@ def test_padding_on_the_right_changes_nothing(causal: bool, config: dict[str, An
 
 @pytest.mark.parametrize(("causal", "config"), CASES)
 def test_packed_documents_are_alone(causal: bool, config: dict[str, Any]) -> None:
-    model = make(causal, config)
+    model = made(causal, config)
     given = inputs(model)
     ids = given.pop("input_ids")
     cut = 10
