@@ -18,14 +18,19 @@ from torch.autograd.function import once_differentiable
 def parted(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Views of y (..., sum of sizes) of the sizes asked for."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(y) is not Tensor:
-        return y.split(list(sizes), -1)
+        return _split(y, sizes)
     return _Parted.apply(y, sizes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _split(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = y.split(list(sizes), -1)
+    return parts
 
 
 class _Parted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        return y.split(list(sizes), -1)
+        return _split(y, sizes)
 
     @staticmethod
     @once_differentiable
@@ -48,7 +53,7 @@ def together(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(part: Tensor, first: Tensor) -> int:
-    return (part.storage_offset() - first.storage_offset()) * first.element_size()
+    return int(part.storage_offset() - first.storage_offset()) * first.element_size()
 
 
 def abreast(*like: Tensor) -> list[Tensor]:
