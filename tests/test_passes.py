@@ -48,13 +48,13 @@ class Compiler:
         return make_boxed_func(module.forward)
 
 
-def compiled(model: Model) -> Counter[str]:
+def compiled(model: Model, backend: Compiler | None = None) -> Counter[str]:
     """Let a model run with kernels of our own and the passes; the operators of ours in what will be compiled."""
     fuse_products(model)
     join_products(model)
     fuse_norms(model)
     torch._dynamo.reset()
-    backend = Compiler()
+    backend = backend or Compiler()
     compile_blocks(model, backend=backend)
     return backend.found
 
@@ -77,6 +77,23 @@ def test_models(name: str) -> None:
     found = compiled(model)
     same(answers(model), (states, slopes))
     assert {key: found[key] for key in counts} == counts
+
+
+def test_sums_that_name_their_type() -> None:
+    """As autocast of a GPU writes them."""
+
+    class Naming(Compiler):
+        def compiled(self, module: GraphModule, inputs: Any) -> Any:
+            for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList):
+                node.kwargs = {"dtype": node.meta["val"].dtype}
+            return super().compiled(module, inputs)
+
+    model = shaken("gpt2-nano", "model.dropout=0").eval()
+    states, slopes = answers(model)
+    backend = Naming()
+    found = compiled(model, backend)
+    same(answers(model), (states, slopes))
+    assert found["norm_back_summed"] == 2
 
 
 def test_scaled_branches_are_left() -> None:

@@ -1,15 +1,13 @@
 """The fastest of several kernels that compute the same, by trial on the device where they will run.
 
 All are timed once, in the order of what is expected of them and within a time limit; the best few then in turns, so
-that a device whose clock drifts is fair to all of them. They keep it at work until its clock is that of a long run: a
-GPU at the limit of its power runs a fifth slower than one that was idle, and other kernels are then the fastest.
+that a device whose clock drifts is fair to all of them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import TypeVar
 
 import torch
@@ -21,15 +19,10 @@ FEW = 4
 VARIED = 2
 """How many of the best are tried in their variants as well."""
 TRIALS = 5
-"""Times that each of them counts, at least."""
-WORK = 150.0
-"""Milliseconds for which the best few run in turns; the first half does not count."""
-MOST = 400
-"""Turns, at most."""
 
 Kernel = TypeVar("Kernel")
 Clock = Callable[[Sequence[Callable[[], None]]], list[float]]
-"""The milliseconds that calls take, one after the other."""
+"""The times that calls take, one after the other, in any unit."""
 
 
 def fastest(
@@ -71,10 +64,8 @@ def fastest(
     few = best(FEW)
     if not few:
         return None
-    turn = sum(sorted(time for time, _ in known)[:FEW])
-    turns = max(2 * TRIALS, min(int(WORK / turn), MOST))
-    times = clock(calls(few * turns))[turns // 2 * len(few) :]
-    medians = [median(times[number :: len(few)]) for number in range(len(few))]
+    times = clock(calls(few * TRIALS))
+    medians = [sorted(times[number :: len(few)])[TRIALS // 2] for number in range(len(few))]
     return few[medians.index(min(medians))]
 
 
