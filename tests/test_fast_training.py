@@ -63,9 +63,9 @@ def test_slopes_by_a_number(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def trained(kind: Any, dtype: torch.dtype, several: bool, limit: float | None) -> tuple[Any, list[float], nn.Module]:
     """A model after some steps over drawn gradients, one of them lost and one without some of the gradients."""
-    model = build(load_preset("gpt2-nano", tiny=True), seed=1)
-    resolved = load_preset("gpt2-nano", ["train.weight_decay=0.3"], tiny=True).preset.train
-    optimizer = build_optimizer(model, resolved)
+    preset = load_preset("gpt2-nano", ["train.weight_decay=0.3", "model.stack.layers=1"], tiny=True)
+    model = build(preset, seed=1)
+    optimizer = build_optimizer(model, preset.preset.train)
     working = Working(model, dtype, several)
     change = kind(model, optimizer, working, limit)
     generator = torch.Generator().manual_seed(2)
@@ -195,7 +195,7 @@ def test_twenty_steps_learn_what_plain_ones_do() -> None:
     changes = ["train.precision=bf16", "train.device=cpu", "train.batch=2", "train.warmup=2", "train.lr=0.003"]
     curves = []
     for own in (False, True):
-        resolved = load_preset("gpt2-nano", [*changes, "model.dropout=0"], tiny=True)
+        resolved = load_preset("gpt2-nano", [*changes, "model.dropout=0", "model.stack.layers=1"], tiny=True)
         place = choose(resolved.preset.train)
         skeleton, plan, batch = prepare(resolved, place, rows=2, length=16, seed=3)
         bench = start("nano", resolved, place, plan, batch, skeleton, 3)
