@@ -303,5 +303,6 @@ def _made_on(facts: Mapping[str, Any]) -> str:
         f"{name} {version}" for name, version in facts["packages"].items() if name in ("torch", "triton")
     )
     cuda = f", CUDA {facts['cuda']}" if devices else ""
-    commit = f", commit {str(facts['commit'])[:10]}" if facts.get("commit") else ""
+    name, *edited = str(facts.get("commit") or "").split("-", 1)
+    commit = f", commit {name[:10]}{' with changes' if edited else ''}" if name else ""
     return f"{machine}; {packages}{cuda}, Python {facts['python']}{commit}."
