@@ -159,7 +159,7 @@ def test_nothing_is_remembered_across_an_epoch_s_border() -> None:
 @pytest.mark.parametrize(
     ("preset", "change"),
     [
-        ("transfo-xl-wt103", ("train.context=32",)),
+        ("transfo-xl-wt103", ("train.context=32", "model.vocab=300")),
         (
             "gpt2-nano",
             (
@@ -170,7 +170,10 @@ def test_nothing_is_remembered_across_an_epoch_s_border() -> None:
                 "train.context=16",
             ),
         ),
-        ("xlnet-base-cased", ("model.stack.recurrence.length=12", "objective.carry=true", "train.context=24")),
+        (
+            "xlnet-base-cased",
+            ("model.stack.recurrence.length=12", "objective.carry=true", "train.context=24", "model.vocab=300"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -113,6 +113,7 @@ RESUME = [
     "train.steps=24",
     "train.log_every=1",
     "train.validate_every=6",
+    "train.validate_batches=2",
     "train.save_every=5",
     "train.keep=2",
     "train.sample_every=0",
