@@ -142,7 +142,7 @@ def test_texts_that_are_short(
 @pytest.mark.usefixtures("here")
 def test_queries_that_see_nothing_get_nothing() -> None:
     ctx = texts(64, "left", False)
-    blocks = blockmasks.around(5, 1, None, ctx.keep, ctx)
+    blocks = blockmasks.around(5, 1, None, ctx.keep, ctx, 16)
     given, dy = heads(2, 64, 16)
     y = blockmasks.attend(*given, blocks, 0.3)
     assert bool((y[0, :, :27] == 0).all()) and bool((y[0, :, 27:] != 0).any())
@@ -237,7 +237,7 @@ def test_keys_besides_a_window(groups: int, pad: str, packed: bool) -> None:
     if ctx.documents is not None:
         theirs = ctx.documents.expand(2, -1).gather(1, places.clamp(max=length - 1))
         seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
-    near = blockmasks.around(9, 1, marked, ctx.keep, ctx, (places, seen)).near(16, torch.float32)
+    near = blockmasks.around(9, 1, marked, ctx.keep, ctx, 16, (places, seen)).near(16, torch.float32)
     assert near is not None and near.beside is not None
     given, dy = heads(groups, length, 16)
     pairs = ((slots[:, None] - slots[None, :]).abs() <= 9) | marked[:, None, :]
@@ -260,8 +260,14 @@ def test_many_keys_besides_a_window_are_left_to_others(monkeypatch: pytest.Monke
     ctx, marked = texts(64, "none", False), torch.zeros(2, 64, dtype=torch.bool)
     for count, fits in ((2, True), (3, False)):
         beside = torch.zeros(2, count, dtype=torch.long), torch.ones(2, 1, 1, count, dtype=torch.bool)
-        blocks = blockmasks.around(9, 1, marked, None, ctx, beside)
+        blocks = blockmasks.around(9, 1, marked, None, ctx, 16, beside)
         assert (blocks.near(16, torch.bfloat16) is not None) is fits
+        assert (blocks.mask is None) is fits
+    other = blockmasks.around(9, 1, None, ctx.keep, texts(64, "left", False), 24)
+    assert other.mask is not None and other.near(24, torch.bfloat16) is None
+    alone = blockmasks.around(9, 1, None, texts(64, "left", False).keep, texts(64, "left", False), 16)
+    with pytest.raises(AssertionError, match="a window alone"):
+        blockmasks.attend(*heads(2, 64, 8)[0], alone, 0.3)
 
 
 def test_what_is_no_window_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

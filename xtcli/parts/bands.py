@@ -258,11 +258,11 @@ def in_slabs(
 
 class WindowLayout(nn.Module):
     """The window of some layers over the text of a call; `bias` is the number of the stack's bias, if any. `free`: no
-    weights are dropped, so that the kernel may keep to the window by itself."""
+    weights are dropped, so that the kernel may keep to the window by itself. `width` is that of a head."""
 
-    def __init__(self, radius: int, dilation: int, bias: int | None, free: bool) -> None:
+    def __init__(self, radius: int, dilation: int, bias: int | None, free: bool, width: int) -> None:
         super().__init__()
-        self.radius, self.dilation, self.bias = radius, dilation, bias
+        self.radius, self.dilation, self.bias, self.width = radius, dilation, bias, width
         self.free = free and bias is None
 
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> Band | Whole:
@@ -276,7 +276,7 @@ class WindowLayout(nn.Module):
         kernel. Padding sees what it may: its output is not used."""
         real, documents = (None if y is None else y.expand(x.shape[0], -1) for y in (ctx.keep, ctx.documents))
         ctx = replace(ctx, documents=documents)
-        return Whole(blockmasks.around(self.radius, self.dilation, marked, real, ctx, beside))
+        return Whole(blockmasks.around(self.radius, self.dilation, marked, real, ctx, self.width, beside))
 
     def band(self, x: Tensor, ctx: Ctx, biases: Any, keys: Tensor | None) -> Band:
         """The band whose windows hold the keys (B, T) that are True, all of them without."""

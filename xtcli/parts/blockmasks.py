@@ -56,9 +56,9 @@ Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Blocks:
     """PyTorch's `BlockMask`, what is done to the scores of its pairs, whether either looks something up that is stored
-    of each token, and the same mask as a window if it is one."""
+    of each token, and the same mask as a window if it is one. Without `mask` the window is all there is."""
 
-    mask: BlockMask
+    mask: BlockMask | None
     scores: Scores | None = None
     looks: bool = False
     window: windows.Near | None = None
@@ -75,6 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Ten
     window = blocks.near(q.shape[-1], q.dtype)
     if window is not None:
         return window.attend(q, k, v, scale)
+    if blocks.mask is None:
+        raise AssertionError(f"a window alone, for heads of {q.shape[-1]} in {q.dtype}")
     if q.device.type not in KERNEL:
         seen = dense(blocks, q.dtype, q.shape[0], q.shape[1]).mask
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
@@ -107,6 +109,7 @@ def _compiled() -> Any:
 def dense(blocks: Blocks, dtype: torch.dtype, rows: int, heads: int) -> Visible:
     """The same as a stored mask (B, H|1, T, T); additive, in `dtype`, where scores are changed."""
     mask = blocks.mask
+    assert mask is not None, "who asks for a stored mask has lists of blocks"
     length, size = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
     device = mask.kv_num_blocks.device
     row = torch.arange(rows, device=device)[:, None, None, None]
@@ -211,16 +214,24 @@ def around(
     marked: Tensor | None,
     keys: Tensor | None,
     ctx: Ctx,
+    width: int,
     beside: tuple[Tensor, Tensor] | None = None,
 ) -> Blocks:
-    """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T).
-    `beside` is what windows.py is to know of the marked ones."""
+    """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T), for
+    heads of this width. `beside` is what windows.py is to know of the marked ones."""
     length, documents = ctx.keys.shape[1], ctx.documents
     rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
     if marked is None and keys is None and documents is None:
         return lasting(_of_rule_alone(rule, length, ctx.keys.device))
 
     label = labels(keys, documents)
+    near = windows.of_rule(rule, ctx.keys.device, label, None) if marked is None else None
+    if marked is not None and beside is not None and beside[0].shape[1] <= windows.BESIDE:
+        hidden = labels(~marked if keys is None else keys & ~marked, documents)
+        near = windows.of_rule(rule, ctx.keys.device, hidden, None)
+        near = None if near is None else replace(near, beside=beside)
+    if near is not None and width in windows.WIDTHS:
+        return Blocks(None, window=near)
 
     def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = masks.allowed(rule, q, k)
@@ -232,12 +243,7 @@ def around(
     if marked is not None:
         known = by_block(marked)
         some, every = some | known.any(-1)[:, None, None], every | known.all(-1)[:, None, None]
-    near = windows.of_rule(rule, ctx.keys.device, label, None) if marked is None else None
-    if marked is not None and beside is not None and beside[0].shape[1] <= windows.BESIDE:
-        hidden = labels(~marked if keys is None else keys & ~marked, documents)
-        near = windows.of_rule(rule, ctx.keys.device, hidden, None)
-        near = None if near is None else replace(near, beside=beside)
-    return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True, window=near)
+    return Blocks(listed(*within(some, every, keys, documents), length, pairs), looks=True)
 
 
 def by_block(x: Tensor) -> Tensor:

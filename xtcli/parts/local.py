@@ -101,8 +101,8 @@ class Near(Attention):
         self.rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
         free = self.rate == 0.0
         self.layout: int = scope.shared.layout(
-            (config.kind, radius, dilation, bias, free, self.more),
-            lambda: self.lay_out(radius, dilation, bias, free, *self.more),
+            (config.kind, radius, dilation, bias, free, self.head_dim, self.more),
+            lambda: self.lay_out(radius, dilation, bias, free, self.head_dim, *self.more),
         )
 
     def lay_out(self, *sizes: Any) -> nn.Module:
@@ -201,8 +201,10 @@ class Sides:
 class SideLayout(WindowLayout):
     """A window, and side tokens of `block` places; `side` is the number of the bias of their distances."""
 
-    def __init__(self, radius: int, dilation: int, bias: int | None, free: bool, block: int, side: int | None) -> None:
-        super().__init__(radius, dilation, bias, free=False)
+    def __init__(
+        self, radius: int, dilation: int, bias: int | None, free: bool, width: int, block: int, side: int | None
+    ) -> None:
+        super().__init__(radius, dilation, bias, False, width)
         self.block, self.side = block, side
 
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Sides | None]:  # type: ignore[override]

@@ -57,9 +57,9 @@ class MarkedLayout(WindowLayout):
     """A window without the global tokens, and those."""
 
     def __init__(
-        self, radius: int, dilation: int, bias: int | None, free: bool, usual: Globals, separator: int
+        self, radius: int, dilation: int, bias: int | None, free: bool, width: int, usual: Globals, separator: int
     ) -> None:
-        super().__init__(radius, dilation, bias, free)
+        super().__init__(radius, dilation, bias, free, width)
         self.usual, self.separator = usual, separator
 
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Marked | None]:  # type: ignore[override]
