@@ -3,6 +3,7 @@
     what is seen                               kernel
     everything, a row of keys, the past        PyTorch's attention: cuDNN on Hopper, groups of heads as they are
     a window, in training, LEAST tokens up     fast/window.py on compute capability 9.0; without a bias
+    everything or the past of a short text     the same, in training (windows.takes)
     else, in training, LEAST tokens or more    FlexAttention with a mask by blocks; lists of blocks by fast/blocks.py
     else                                       PyTorch's attention with a stored mask
     a learned bias of the distance, training   fast/distance.py, without a bias of all pairs
