@@ -224,14 +224,13 @@ def around(
     if marked is None and keys is None and documents is None:
         return lasting(_of_rule_alone(rule, length, ctx.keys.device))
 
+    few = beside is not None and beside[0].shape[1] <= windows.BESIDE
+    if width in windows.WIDTHS and (marked is None or few):
+        inside = keys if marked is None else ~marked if keys is None else keys & ~marked
+        near = windows.of_rule(rule, ctx.keys.device, labels(inside, documents), None)
+        if near is not None:
+            return Blocks(None, window=replace(near, beside=beside))
     label = labels(keys, documents)
-    near = windows.of_rule(rule, ctx.keys.device, label, None) if marked is None else None
-    if marked is not None and beside is not None and beside[0].shape[1] <= windows.BESIDE:
-        hidden = labels(~marked if keys is None else keys & ~marked, documents)
-        near = windows.of_rule(rule, ctx.keys.device, hidden, None)
-        near = None if near is None else replace(near, beside=beside)
-    if near is not None and width in windows.WIDTHS:
-        return Blocks(None, window=near)
 
     def pairs(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = masks.allowed(rule, q, k)

@@ -41,8 +41,6 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
 
     Columns beyond `vocab` only fill up the width: no probability falls on them.
     """
-    if oncpu.takes(logits, targets, cap, vocab):
-        return oncpu.terms(logits, targets, smoothing, IGNORE)
     wide = widen(logits)
     if cap is not None:
         bent = torch.tanh(wide / cap)
@@ -65,6 +63,13 @@ def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: fl
         slope *= 1.0 - bent * bent
     slope.masked_fill_(~real[:, None], 0.0)
     return losses.masked_fill(~real, 0.0).sum(), slope.to(logits.dtype)
+
+
+def usual_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: float, vocab: int) -> Slope:
+    """`slab_terms`, by the C kernel where that is for such logits."""
+    if oncpu.takes(logits, targets, cap, vocab):
+        return oncpu.terms(logits, targets, smoothing, IGNORE)
+    return slab_terms(logits, targets, cap, smoothing, vocab)
 
 
 def scaled(slope: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +150,7 @@ def linear_cross_entropy(
     targets: Tensor,
     cap: float | None = None,
     smoothing: float = 0.0,
-    terms: Terms = slab_terms,
+    terms: Terms = usual_terms,
     scaled: Scaled = scaled,
 ) -> Term:
     """`cross_entropy` of the logits of states (..., D) under weight (V, D) and bias (V,), without the logits.

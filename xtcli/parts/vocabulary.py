@@ -19,7 +19,7 @@ from xtcli.parts import norms
 from xtcli.parts.activations import ACTIVATIONS, Activation
 from xtcli.parts.heads import Head, Hidden, Labels, supervised
 from xtcli.parts.linear import Linear
-from xtcli.parts.losses import linear_cross_entropy, slab_terms
+from xtcli.parts.losses import linear_cross_entropy, usual_terms
 from xtcli.parts.norms import NormSlot, make_norm
 from xtcli.parts.outputs import Term, shifted
 from xtcli.parts.scope import Impossible, Scope
@@ -89,7 +89,7 @@ class ActivationTransform(nn.Module):
 class LanguageModel(Head):
     """Next-token (or aligned) prediction."""
 
-    terms = staticmethod(slab_terms)
+    terms = staticmethod(usual_terms)
 
     class Config(registry.Config):
         """Language-model head."""
@@ -175,7 +175,7 @@ class MaskedLanguageModel(Head):
     """A transform and a decoder tied to the token table, with a bias."""
 
     sparse = True
-    terms = staticmethod(slab_terms)
+    terms = staticmethod(usual_terms)
 
     class Config(registry.Config):
         """Masked-language-model head."""
