@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from xtcli.fast import cublaslt
 from xtcli.fast.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, PLAIN
+from xtcli.parts.losses import Products
 
 ALIGN = 8
 """Widths that the kernels load well are multiples of this."""
@@ -206,3 +207,24 @@ def inner(mlp: Any, x: Tensor) -> Tensor:
 def suits(*widths: int) -> bool:
     """Whether the kernels take matrices of these widths."""
     return all(width % ALIGN == 0 for width in widths)
+
+
+def _by_library(dy: Tensor, x: Tensor) -> bool:
+    return dy.dtype == x.dtype and dy.dtype in cublaslt.TYPES and suits(*dy.shape[1:], *x.shape[1:])
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    known = _by_library(x, weight) and suits(weight.shape[0])
+    return torch.ops.xt.product(x, weight, bias) if known else F.linear(x, weight, bias)
+
+
+def _back_of(dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.xt.back(dy, weight) if _by_library(dy, weight) else dy @ weight
+
+
+def _slope_of(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.xt.slope(dy, x) if _by_library(dy, x) else dy.t() @ x
+
+
+PRODUCTS = Products(_logits, _back_of, _slope_of)
+"""Those of a slab of a loss, by the kernels above where they take them."""

@@ -122,7 +122,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 seconds = seconds + (tl.load(dm + start + k, mask=real, other=0.0),)
             if ds is not None:
                 streams = streams + (tl.load(ds + start + k, mask=real, other=0.0),)
-        units, scaled, gain_sums, bias_sums = (), (), (), ()
+        units, scaled, gain_sums, bias_sums, slope_sums = (), (), (), (), ()
         along = tl.zeros((ROWS, PIECE), tl.float32)
         level = tl.zeros((ROWS, PIECE), tl.float32)
         for piece in tl.static_range(PIECES):
@@ -134,6 +134,8 @@ def _backward(  # type: ignore[no-untyped-def]
             gain_sums = gain_sums + (for_gain[piece] + g * u,)
             if BIASED:
                 bias_sums = bias_sums + (for_bias[piece] + g,)
+            if SUMMED == "ds":
+                slope_sums = slope_sums + (for_slope[piece] + streams[piece].to(tl.float32),)
             g = g * gains[piece][None, :]
             along += g * u
             level += g
@@ -141,7 +143,6 @@ def _backward(  # type: ignore[no-untyped-def]
         for_gain, for_bias = gain_sums, bias_sums
         mean_along = (tl.sum(along, 1) / WIDTH)[:, None]
         mean_level = (tl.sum(level, 1) / WIDTH)[:, None] if CENTRED else 0.0
-        slope_sums = ()
         for piece in tl.static_range(PIECES):
             k = piece * PIECE + columns[None, :]
             real = (k < WIDTH) if EVEN else (k < WIDTH) & (row < count)[:, None]
@@ -150,8 +151,6 @@ def _backward(  # type: ignore[no-untyped-def]
                 d += streams[piece].to(tl.float32)
             out = d.to(dx.dtype.element_ty)
             tl.store(dx + start + k, out, mask=real)
-            if SUMMED == "ds":
-                slope_sums = slope_sums + (for_slope[piece] + streams[piece].to(tl.float32),)
             if SUMMED == "dx":
                 slope_sums = slope_sums + (for_slope[piece] + out.to(tl.float32),)
         for_slope = slope_sums
@@ -221,7 +220,7 @@ def backward(
     One row more has the sums of the columns of what `summed` says, ds or dx.
     """
     count, width = x.shape
-    cut = cut or backward_cut(width)
+    cut = cut or backward_cut(width, summed)
     dx = torch.empty_like(x)
     kinds = 1 + biased + (summed is not None)
     if not count:
@@ -253,11 +252,15 @@ def processors(device: torch.device) -> int:
 def forward_cut(width: int) -> Cut:
     """The cut of `_forward` for a width, the fastest of those timed on an H200: about 4,096 elements a program."""
     whole = triton.next_power_of_2(width)
+    if whole == 1024:
+        return Cut(1, whole, 1)
     return Cut(min(max(4096 // whole, 1), 4), whole, 4 if whole <= 1024 else 8)
 
 
-def backward_cut(width: int) -> Cut:
+def backward_cut(width: int, summed: str | None = None) -> Cut:
     """The cut of `_backward` for a width: about 2,048 elements a program, which must stay in registers."""
     whole = triton.next_power_of_2(width)
+    if whole == 1024:
+        return {None: Cut(4, 256, 2, 4, 2), "ds": Cut(4, whole, 4, 2, 2), "dx": Cut(1, 256, 2, 8, 2)}[summed]
     rows = min(max(2048 // whole, 1), 4)
     return Cut(rows, whole, 4 if whole <= 2048 else 8, 4 if whole <= 2048 else 2, 1 if rows > 1 else 2)

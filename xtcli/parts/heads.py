@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xtcli.parts.context import Ledger
-from xtcli.parts.losses import Scaled, Terms, scaled
+from xtcli.parts.losses import PRODUCTS, Products, Scaled, Terms, scaled
 from xtcli.parts.outputs import IGNORE, Output, Term
 
 
@@ -103,6 +103,7 @@ class Head(nn.Module):
     apart = False  # whether the loss of each head of its model is an output of its own, `<head>_loss`
     terms: Terms | None = None  # what computes a slab of the loss, in a head whose logits are never whole in training
     scaled: Scaled = staticmethod(scaled)  # and its gradients from that
+    slab_products: Products = PRODUCTS  # and what multiplies there
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         """Logits by output name."""

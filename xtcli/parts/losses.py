@@ -13,7 +13,7 @@ Axes: N rows, D width, V vocabulary, n rows of a slab.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ ALIGN = 64
 Slope = tuple[Tensor, Tensor]
 Terms = Callable[[Tensor, Tensor, "float | None", float, int], Slope]
 Scaled = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+class Products(NamedTuple):
+    """The products of a slab: x (n, D), W (V, D), b (V,) or None, the slope of logits dy (n, V)."""
+
+    logits: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    """x, W, b -> x W^T + b."""
+    back: Callable[[Tensor, Tensor], Tensor] = torch.mm
+    """dy, W -> dy W."""
+    slope: Callable[[Tensor, Tensor], Tensor] = lambda dy, x: dy.t() @ x
+    """dy, x -> dy^T x."""
+
+
+PRODUCTS = Products()
 
 
 def slab_terms(logits: Tensor, targets: Tensor, cap: float | None, smoothing: float, vocab: int) -> Slope:
@@ -105,6 +119,7 @@ class SlabLoss(torch.autograd.Function):
         smoothing: float,
         terms: Terms,
         scaled: Scaled,
+        products: Products,
     ) -> Tensor:
         kind = states.device.type
         narrow = _working_type(states, weight)
@@ -114,21 +129,24 @@ class SlabLoss(torch.autograd.Function):
         w = F.pad(w, (0, 0, 0, filled)) if filled else w
         b = None if bias is None else F.pad(bias.to(narrow), (0, filled))
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
-        dx = torch.empty_like(x) if for_states else None
         size = slab_rows(x.shape[0], w.shape[0], narrow.itemsize, kind)
         # Sums over slabs are kept in at least float32: 16 bits would lose what a slab adds to many before it.
         single = x.shape[0] <= size
+        dx = torch.empty_like(x) if for_states and not single else None
         dw = torch.zeros_like(w, dtype=_at_least_single(narrow)) if for_weight and not single else None
         db = torch.zeros(w.shape[0], dtype=_at_least_single(narrow), device=w.device) if for_bias else None
         total = torch.zeros((), dtype=_at_least_single(narrow), device=x.device)
         for start in range(0, max(x.shape[0], 1), size):
             some = x[start : start + size]
-            loss, slope = terms(F.linear(some, w, b), targets[start : start + size], cap, smoothing, vocab)
+            loss, slope = terms(products.logits(some, w, b), targets[start : start + size], cap, smoothing, vocab)
             total += loss
-            if dx is not None:
-                torch.mm(slope, w, out=dx[start : start + size])
+            if for_states:
+                reached = products.back(slope, w)
+                dx = reached if dx is None else dx
+                if not single:
+                    dx[start : start + size] = reached
             if for_weight:
-                share = slope.t() @ some
+                share = products.slope(slope, some)
                 dw = share if dw is None else dw.add_(share)
             if db is not None:
                 db += slope.sum(0, dtype=db.dtype)
@@ -140,7 +158,7 @@ class SlabLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         found = zip(ctx.saved_tensors, ctx.types, strict=True)
         given = (None if slope is None else ctx.scaled(slope, scale, dtype) for slope, dtype in found)
-        return (*given, None, None, None, None, None)
+        return (*given, None, None, None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -152,15 +170,16 @@ def linear_cross_entropy(
     smoothing: float = 0.0,
     terms: Terms = usual_terms,
     scaled: Scaled = scaled,
+    products: Products = PRODUCTS,
 ) -> Term:
     """`cross_entropy` of the logits of states (..., D) under weight (V, D) and bias (V,), without the logits.
 
-    `cap` bends logits as `cap tanh(logits / cap)`. `terms` and `scaled` compute one slab, and what the backward pass
-    makes of it; others that give the same may stand in their place.
+    `cap` bends logits as `cap tanh(logits / cap)`. `terms`, `scaled` and `products` compute one slab, what the backward
+    pass makes of it, and the products around it; others that give the same may stand in their place.
     """
     flat = targets.reshape(-1)
     rows = states.reshape(-1, states.shape[-1])
-    total: Tensor = SlabLoss.apply(rows, weight, bias, flat, cap, smoothing, terms, scaled)  # type: ignore[no-untyped-call]
+    total: Tensor = SlabLoss.apply(rows, weight, bias, flat, cap, smoothing, terms, scaled, products)  # type: ignore[no-untyped-call]
     return Term(total, (flat != IGNORE).sum())
 
 

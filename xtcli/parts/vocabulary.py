@@ -142,7 +142,7 @@ class LanguageModel(Head):
         """The loss of targets (...) for states (..., D)."""
         states, weight = self.operands(states, table)
         return linear_cross_entropy(
-            states, weight, self.bias, targets, self.cap, self.smoothing, self.terms, self.scaled
+            states, weight, self.bias, targets, self.cap, self.smoothing, self.terms, self.scaled, self.slab_products
         )
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
@@ -221,4 +221,6 @@ class MaskedLanguageModel(Head):
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         states, wanted = supervised(hidden.states, targets, hidden.slots)
         states, weight = self.operands(states, hidden.table)
-        return linear_cross_entropy(states, weight, self.bias, wanted, terms=self.terms, scaled=self.scaled)
+        return linear_cross_entropy(
+            states, weight, self.bias, wanted, terms=self.terms, scaled=self.scaled, products=self.slab_products
+        )

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xtcli import fast
 from xtcli.config.train import TrainConfig
-from xtcli.fast import cublaslt
+from xtcli.fast import cublaslt, linear
 from xtcli.parts.embed import Tokens
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import Head
@@ -103,6 +103,9 @@ def end_kernels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Head) and module.terms is not None:
             module.terms, module.scaled = crossentropy.slab_terms, crossentropy.scaled
+            # Where only some places are asked about, rows differ from batch to batch, and each count would be a trial.
+            if cublaslt.library() is not None and not module.sparse:
+                module.slab_products = linear.PRODUCTS
             count += 1
         elif isinstance(module, Tokens):
             module.look_up = table.look_up
