@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 8192
+CHUNK = 2048
 """Elements that one program updates."""
-BLOCK = 4096
-"""Elements that it holds at once."""
-WARPS = 8
+BLOCK = 1024
+"""Elements that it holds at once: few enough that many programs fit beside one another."""
+WARPS = 4
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -140,24 +140,27 @@ def _update(  # type: ignore[no-untyped-def]
         if ROUNDS:
             key = tl.load(keys + number).to(tl.uint32, bitcast=True)
         c_at = tl.multiple_of(tl.load(copies + number).to(tl.pointer_type(NARROW)), 16)
+        # Places of a chunk are 32-bit numbers beside the address where it starts.
+        p_at, m_at, v_at, g_at, c_at = p_at + start, m_at + start, v_at + start, g_at + start, c_at + start
         if start + CHUNK <= size:
             for offset in tl.static_range(0, CHUNK, BLOCK):
-                place = start + offset + tl.arange(0, BLOCK)
+                place = offset + tl.arange(0, BLOCK)
                 g = tl.load(g_at + place).to(tl.float32) * scale
                 m, v, p = _stepped(
                     g, tl.load(m_at + place).to(tl.float32), tl.load(v_at + place).to(tl.float32),
                     tl.load(p_at + place).to(tl.float32), kept, length, root, beta1, beta2, eps,
                 )  # fmt: skip
-                m, v, p = _stored(m, v, p, place, key, ROUNDS)
+                m, v, p = _stored(m, v, p, start.to(tl.int32) + place, key, ROUNDS)
                 tl.store(m_at + place, m)
                 tl.store(v_at + place, v)
                 tl.store(p_at + place, p)
                 if COPIES:
                     tl.store(c_at + place, p.to(NARROW))
         else:
+            left = (size - start).to(tl.int32)
             for offset in tl.static_range(0, CHUNK, BLOCK):
-                place = start + offset + tl.arange(0, BLOCK)
-                inside = place < size
+                place = offset + tl.arange(0, BLOCK)
+                inside = place < left
                 g = tl.load(g_at + place, mask=inside, other=0.0).to(tl.float32) * scale
                 m, v, p = _stepped(
                     g, tl.load(m_at + place, mask=inside, other=0.0).to(tl.float32),
@@ -165,7 +168,7 @@ def _update(  # type: ignore[no-untyped-def]
                     tl.load(p_at + place, mask=inside, other=0.0).to(tl.float32),
                     kept, length, root, beta1, beta2, eps,
                 )  # fmt: skip
-                m, v, p = _stored(m, v, p, place, key, ROUNDS)
+                m, v, p = _stored(m, v, p, start.to(tl.int32) + place, key, ROUNDS)
                 tl.store(m_at + place, m, mask=inside)
                 tl.store(v_at + place, v, mask=inside)
                 tl.store(p_at + place, p, mask=inside)
@@ -200,12 +203,14 @@ class Table:
         self.kept = TYPES[entries[0].weight.dtype]
         self.rounds = self.kept == tl.bfloat16
         self.narrow = TYPES[entries[0].weight.dtype if entries[0].copy is None else entries[0].copy.dtype]
-        sizes = [entry.weight.numel() for entry in entries]
-        chunks = [(n, start) for n, size in enumerate(sizes) for start in range(0, size, CHUNK)]
-        self.chunks = len(chunks)
-        self.sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
-        self.tensor_of = torch.tensor([n for n, _ in chunks], dtype=torch.int32, device=device)
-        self.start_of = torch.tensor([start for _, start in chunks], dtype=torch.int64, device=device)
+        sizes = torch.tensor([entry.weight.numel() for entry in entries], dtype=torch.int64)
+        pieces = (sizes + CHUNK - 1) // CHUNK
+        numbers = torch.arange(len(entries)).repeat_interleave(pieces)
+        first = (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
+        self.chunks = len(numbers)
+        self.sizes = sizes.to(device)
+        self.tensor_of = numbers.to(torch.int32).to(device)
+        self.start_of = ((torch.arange(self.chunks) - first) * CHUNK).to(device)
         self.decays = torch.tensor([entry.decay for entry in entries], dtype=torch.float32, device=device)
         self.weights, self.means, self.squares, self.steps = (
             addresses([getattr(entry, name) for entry in entries]).to(device)

@@ -261,6 +261,6 @@ def backward_cut(width: int, summed: str | None = None) -> Cut:
     """The cut of `_backward` for a width: about 2,048 elements a program, which must stay in registers."""
     whole = triton.next_power_of_2(width)
     if whole == 1024:
-        return {None: Cut(4, 256, 2, 4, 2), "ds": Cut(4, whole, 4, 2, 2), "dx": Cut(1, 256, 2, 8, 2)}[summed]
+        return {None: Cut(1, whole, 2, 8, 2), "ds": Cut(2, whole, 2, 4, 2), "dx": Cut(1, 256, 2, 8, 2)}[summed]
     rows = min(max(2048 // whole, 1), 4)
     return Cut(rows, whole, 4 if whole <= 2048 else 8, 4 if whole <= 2048 else 2, 1 if rows > 1 else 2)
