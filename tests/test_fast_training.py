@@ -26,7 +26,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(5, 4100, 4160), (3, 77, 77), (2, 9000, 9024), (0, 8, 8)])
 def test_slabs(rows: int, vocab: int, width: int, cap: float | None, smoothing: float) -> None:
-    from xtcli.fast import crossentropy
+    from xtcli.fast.adamw import ALIGN
+from xtcli.fast import crossentropy
 
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, width, generator=generator) * 5
@@ -116,6 +117,23 @@ def test_running_values_go_from_one_to_the_other() -> None:
     change.norm()
     change.apply()
     assert all(float(own.state[weight]["step"]) == step + 1 for weight, step in before.items())
+
+
+def test_gradients_at_odd_places_are_moved() -> None:
+    """The kernels load 16 bytes at once, and a gradient of several in one may begin anywhere."""
+    weights = [nn.Parameter(torch.zeros(size)) for size in (5, 3000)]
+    model = nn.ParameterList(weights)
+    optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=0.0)
+    change = FastUpdate(model, optimizer, Working(model, torch.float32), None)
+    for weight, part in zip(weights, torch.arange(1.0, 3006.0).split([5, 3000]), strict=True):
+        weight.grad = part
+    assert weights[1].grad is not None and weights[1].grad.data_ptr() % ALIGN
+    norm = change.norm()
+    change.apply()
+    assert all(weight.grad is not None and weight.grad.data_ptr() % ALIGN == 0 for weight in weights)
+    torch.testing.assert_close(norm, torch.arange(1.0, 3006.0).norm())
+    for weight in weights:
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, -1.0))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -31,6 +31,8 @@ CHUNK = 2048
 BLOCK = 1024
 """Elements that it holds at once: few enough that many programs fit beside one another."""
 WARPS = 4
+ALIGN = 16
+"""Bytes of which the addresses of weights, running values and gradients must be a multiple."""
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -1,8 +1,8 @@
 """Attention in a window and, besides, to a few keys that all queries see, in one softmax.
 
-The window is that of window.py, which leaves those few keys out; their scores are written out, since they are few. Each
-part has the logarithm of its sum of powers, by which both are weighed (Dao 2023, arXiv:2307.08691, section 3.1); with
-the logarithm of the whole and what came out of the whole, the way back of either part is the one it has alone.
+The window is that of window.py, which leaves those few keys out; a kernel behind it joins them. Each part has the
+logarithm of its sum of powers, by which both are weighed (Dao 2023, arXiv:2307.08691, section 3.1); with the logarithm
+of the whole and what came out of the whole, the way back of either part is the one it has alone.
 
 Axes: B rows, H query heads, G key/value heads, T tokens, D head width, E keys besides.
 """
@@ -12,64 +12,101 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from xtcli.fast import asidekernels as kernels
+from xtcli.fast import window
 from xtcli.fast.window import LOG2E
 
-
-def _picked(x: Tensor, places: Tensor, heads: int) -> Tensor:
-    """x (B, G, T, D) at places (B, E), for each query head: (B, H, E, D)."""
-    index = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index).repeat_interleave(heads // x.shape[1], 1)
-
-
-def _scores(q: Tensor, keys: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """(B, H, T, E), float32, in units of log 2; -inf for what is not seen."""
-    scores = (q @ keys.transpose(-1, -2)).float() * (scale * LOG2E)
-    return scores.masked_fill(~seen, float("-inf"))
+QUERIES, TILES = 64, 8
+"""Queries of a tile, and tiles of a program on the way back."""
+LEAST = 16
+"""Keys that tensor cores take at least."""
 
 
-def _added(x: Tensor, places: Tensor, more: Tensor) -> Tensor:
-    """x (B, G, T, D) and, at places (B, E), the sums over each group's heads of more (B, H, E, D)."""
-    groups = x.shape[1]
-    summed = more.unflatten(1, (groups, more.shape[1] // groups)).sum(2)
-    index = places[:, None, :, None].expand_as(summed)
-    return x.scatter_add(2, index, summed.to(x.dtype))
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor, left: int, right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, H, T, D), and log2 of each query's sum of powers (B, H, T); see `attend`."""
+    y, ends = window.forward(q, k, v, mine, theirs, left, right, scale)
+    q, k, v = (window._rows(x) for x in (q, k, v))
+    sizes, constants = _sizes(q, k, places)
+    kernels.forward[(triton.cdiv(q.shape[2], QUERIES), q.shape[0] * q.shape[1])](
+        q, k, v, places, seen, y, ends, *window._steps(q, k, v, y), *_seen_steps(seen), *sizes, scale * LOG2E,
+        **constants,
+    )  # fmt: skip
+    return y, ends
 
 
-class _Beside(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor,
-        left: int, right: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        y, ends = torch.ops.xt.attend_window(q, k, v, mine, theirs, left, right, scale)
-        keys, values = _picked(k, places, q.shape[1]), _picked(v, places, q.shape[1])
-        scores = _scores(q, keys, seen, scale)
-        # A query whose window is empty is told by +inf, and one that sees nothing at all is to be told so as well.
-        near = ends.masked_fill(ends == float("inf"), float("-inf"))
-        far = torch.logsumexp(scores / LOG2E, -1) * LOG2E
-        total = torch.logaddexp2(near, far)
-        total = total.masked_fill(total == float("-inf"), float("inf"))
-        weights = torch.exp2(scores - total[..., None]).to(v.dtype)
-        y = (y * torch.exp2(near - total)[..., None] + weights @ values).to(y.dtype)
-        ctx.save_for_backward(q, k, v, places, seen, mine, theirs, y, total)
-        ctx.numbers = left, right, scale
-        return y  # type: ignore[no-any-return]
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor,
+    y: Tensor, ends: Tensor, left: int, right: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The slopes of q, k and v."""
+    dy, q, k, v = (window._rows(x) for x in (dy, q, k, v))
+    dq, dk, dv = window.backward(dy, q, k, v, mine, theirs, y, ends, left, right, scale)
+    sizes, constants = _sizes(q, k, places)
+    batch, heads, length, width = q.shape
+    lines, groups = triton.cdiv(length, TILES * QUERIES), k.shape[1]
+    parts = ends.new_empty(batch * heads, lines, 2, constants["N"], width)
+    kernels.queries[(lines, batch * heads)](
+        q, k, v, places, seen, y, dy, ends, dq, parts, *window._steps(q, k, v, y, dy, dq), *_seen_steps(seen), *sizes,
+        scale * LOG2E, scale, TILES=TILES, **constants,
+    )  # fmt: skip
+    kernels.keys[(2, batch * groups)](
+        places, parts, dk, dv, *window._steps(dk, dv), groups, *sizes[1:], lines, D=width, N=constants["N"]
+    )
+    return dq, dk, dv
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        q, k, v, places, seen, mine, theirs, y, total = ctx.saved_tensors
-        dq, dk, dv = torch.ops.xt.attend_window_back(dy, q, k, v, mine, theirs, y, total, *ctx.numbers)
-        keys, values = _picked(k, places, q.shape[1]), _picked(v, places, q.shape[1])
-        scale = ctx.numbers[2]
-        weights = torch.exp2(_scores(q, keys, seen, scale) - total[..., None])
-        delta = (dy.float() * y).sum(-1, keepdim=True)
-        slopes = (weights * ((dy @ values.transpose(-1, -2)).float() - delta) * scale).to(q.dtype)
-        dq = dq + slopes @ keys
-        dk = _added(dk, places, slopes.transpose(-1, -2) @ q)
-        dv = _added(dv, places, weights.to(dy.dtype).transpose(-1, -2) @ dy)
-        return dq, dk, dv, *(None,) * 7
+
+def _sizes(q: Tensor, k: Tensor, places: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    heads, length, width = q.shape[1:]
+    sizes = heads, heads // k.shape[1], length, places.shape[1]
+    few = max(triton.next_power_of_2(places.shape[1]), LEAST)
+    return sizes, {"EVEN": length % QUERIES == 0, "D": width, "M": QUERIES, "N": few, "num_warps": 4}
+
+
+def _seen_steps(seen: Tensor) -> tuple[int, int]:
+    """Steps from row to row and from query to query."""
+    return 0 if seen.shape[0] == 1 else seen.stride(0), 0 if seen.shape[2] == 1 else seen.stride(2)
+
+
+_LIBRARY = torch.library.Library("xt", "FRAGMENT")
+_GIVEN = "Tensor q, Tensor k, Tensor v, Tensor places, Tensor seen, Tensor mine, Tensor theirs"
+_LIBRARY.define(f"attend_aside({_GIVEN}, int left, int right, float scale) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"attend_aside_back(Tensor dy, {_GIVEN}, Tensor y, Tensor ends, int left, int right, float scale) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+# On a CPU they run in Triton's interpreter.
+torch.library.impl("xt::attend_aside", ("cuda", "cpu"))(forward)
+torch.library.impl("xt::attend_aside_back", ("cuda", "cpu"))(backward)
+
+
+@torch.library.register_fake("xt::attend_aside")
+def _shapes(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return window._like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("xt::attend_aside_back")
+def _slopes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return window._like(q), window._like(k), window._like(v)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, left, right, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.numbers = left, right, scale
+
+
+def _back(ctx: Any, dy: Tensor, ends: Any) -> Any:
+    return *torch.ops.xt.attend_aside_back(dy, *ctx.saved_tensors, *ctx.numbers), *(None,) * 7
+
+
+torch.library.register_autograd("xt::attend_aside", _back, setup_context=_keep)
 
 
 def attend(
@@ -78,8 +115,9 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """(B, H, T, D) of q (B, H, T, D), k and v (B, G, T, D).
 
-    places (B, E): the keys that are seen besides, which labels hide from the window; seen (B, 1, 1|T, E): by whom.
-    Labels int32 (B, T) as in window.py.
+    places (B, E), int64: the keys that are seen besides, which labels hide from the window, T where a row has fewer;
+    seen (B|1, 1, 1|T, E): by whom. Labels int32 (B, T) as in window.py.
     """
-    y: Tensor = _Beside.apply(q, k, v, places, seen, mine, theirs, left, right, scale)  # type: ignore[no-untyped-call]
+    given = q, k, v, places.contiguous(), seen.contiguous(), mine, theirs
+    y: Tensor = torch.ops.xt.attend_aside(*given, left, right, scale)[0]
     return y

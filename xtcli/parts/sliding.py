@@ -34,21 +34,24 @@ Globals = Literal["none", "first", "before-separator", "after-separator"]
 @dataclass(frozen=True)
 class Marked:
     """The global tokens: `places` (B, E), T where a row has fewer, `real` (B, E), and what the queries see of
-    them, (B, 1, 1|T, E)."""
+    them, (B, 1, 1|T, E). `whole`: it is known that no row has fewer."""
 
     places: Tensor
     real: Tensor
     seen: Tensor
+    whole: bool = False
 
     def pick(self, x: Tensor) -> Tensor:
         """x (B, ..., T, D) at the global tokens, (B, ..., E, D)."""
-        length = x.shape[-2]
-        index = self.places.clamp(max=length - 1).reshape(-1, *[1] * (x.dim() - 3), self.places.shape[1], 1)
+        places = self.places if self.whole else self.places.clamp(max=x.shape[-2] - 1)
+        index = places.reshape(-1, *[1] * (x.dim() - 3), self.places.shape[1], 1)
         return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
     def put(self, y: Tensor, found: Tensor) -> Tensor:
         """y (B, H, T, D) with `found` (B, H, E, D) in place of what stood at the global tokens."""
         index = self.places[:, None, :, None].expand_as(found)
+        if self.whole:
+            return y.scatter(2, index, found)
         # Tokens that fill up a row go to a place behind the text.
         return nn.functional.pad(y, (0, 0, 0, 1)).scatter(2, index, found)[:, :, :-1]
 
@@ -64,26 +67,31 @@ class MarkedLayout(WindowLayout):
 
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Marked | None]:  # type: ignore[override]
         """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
-        found = self.find(x, ctx)
+        found, length = self.find(x, ctx), x.shape[1]
+        first = self.usual == "first" and ctx.extras.get("global_attention_mask") is None
         if ctx.mask is not None and (ctx.mask.is_meta or bool((ctx.mask > 1).any())):
-            found = ctx.mask > 1 if found is None else found | (ctx.mask > 1)
-        count = 0
-        if found is not None:
-            found = found if ctx.keep is None else found & ctx.keep
-            # How many there are is in the data, which the meta device has none of: there each row has one.
-            count = 1 if found.is_meta else int(found.sum(1).max())
+            found, first = ctx.mask > 1 if found is None else found | (ctx.mask > 1), False
+        if found is not None and ctx.keep is not None:
+            found = found & ctx.keep
+        if found is None:
+            count = 0
+        elif first or found.is_meta:
+            # Else how many there are is in the data, which the meta device has none of.
+            count = 1
+        else:
+            count = int(found.sum(1).max())
         if found is None or not count:
             return super().lay(x, ctx, biases), None
         keys = ~found if ctx.keep is None else ctx.keep & ~found
-        length = x.shape[1]
-        slots = torch.arange(length, device=x.device)
-        places = torch.where(found, slots, length).sort(1).values[:, :count]
+        slots = torch.arange(1 if first else length, device=x.device)
+        places = torch.where(found[:, : len(slots)], slots, length)
+        places = places if first else places.sort(1).values[:, :count]
         real = places < length
         seen = real[:, None, None, :]
         if ctx.documents is not None:
             theirs = ctx.documents.expand(len(places), -1).gather(1, places.clamp(max=length - 1))
             seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
-        marked = Marked(places, real, seen)
+        marked = Marked(places, real, seen, first and ctx.keep is None)
         if self.free and routes.suits(x):
             return self.whole(x, ctx, found.expand(x.shape[0], -1), (places, seen)), marked
         return self.band(x, ctx, biases, keys), marked
@@ -155,7 +163,9 @@ class SlidingGlobal(Near):
         q, k, v = self.queries_keys_values(x, ctx)
         if marked is None:
             return self.leave(band.attend(self.kernel, q, k, v), x, ctx)
-        aside = Aside(marked.pick(k), marked.pick(v), lambda start, stop: rows(marked.seen, start, stop))
+        aside = None
+        if isinstance(band, Band):
+            aside = Aside(marked.pick(k), marked.pick(v), lambda start, stop: rows(marked.seen, start, stop))
         y = band.attend(self.kernel, q, k, v, aside)
         return self.leave(marked.put(y, self.everywhere(x, marked, ctx)), x, ctx)
 

@@ -61,9 +61,7 @@ class Near:
         if self.beside is not None:
             from xtcli.fast import windowaside
 
-            places, seen = self.beside
-            places = places.clamp(max=q.shape[2] - 1)
-            return windowaside.attend(q, k, v, places, seen, mine, theirs, self.left, self.right, scale)  # type: ignore[arg-type]
+            return windowaside.attend(q, k, v, *self.beside, mine, theirs, self.left, self.right, scale)  # type: ignore[arg-type]
         y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, self.left, self.right, scale)[0]
         return y
 

@@ -145,7 +145,7 @@ class FastUpdate(Update):
 
     def look_up(self) -> None:
         """The tables of the parameters that have gradients in this step."""
-        from xtcli.fast.adamw import Entry, Table
+        from xtcli.fast.adamw import ALIGN, Entry, Table
 
         entries: dict[Any, list[Entry]] = {}
         for group in self.optimizer.param_groups:
@@ -153,6 +153,9 @@ class FastUpdate(Update):
                 copy = self.copies.get(weight)
                 source = weight if copy is None or weight.grad is not None else copy
                 if source.grad is not None:
+                    if source.grad.data_ptr() % ALIGN:
+                        # A part of a gradient of several, at an odd place.
+                        source.grad = source.grad.clone()
                     state = self.state(weight)
                     entry = Entry(
                         weight,
