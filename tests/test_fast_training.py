@@ -26,8 +26,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(5, 4100, 4160), (3, 77, 77), (2, 9000, 9024), (0, 8, 8)])
 def test_slabs(rows: int, vocab: int, width: int, cap: float | None, smoothing: float) -> None:
-    from xtcli.fast.adamw import ALIGN
-from xtcli.fast import crossentropy
+    from xtcli.fast import crossentropy
 
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, width, generator=generator) * 5
@@ -121,6 +120,8 @@ def test_running_values_go_from_one_to_the_other() -> None:
 
 def test_gradients_at_odd_places_are_moved() -> None:
     """The kernels load 16 bytes at once, and a gradient of several in one may begin anywhere."""
+    from xtcli.fast.adamw import ALIGN
+
     weights = [nn.Parameter(torch.zeros(size)) for size in (5, 3000)]
     model = nn.ParameterList(weights)
     optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=0.0)

@@ -156,6 +156,8 @@ def _slope_shapes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tu
 
 def _remember(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, mine, theirs, *ctx.numbers = inputs
+    # None in place of zeros for what nothing reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, mine, theirs, *output)
 
 

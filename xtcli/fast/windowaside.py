@@ -98,6 +98,8 @@ def _slopes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, left, right, scale = inputs
     ctx.mark_non_differentiable(output[1])
+    # None in place of zeros for what nothing reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
     ctx.numbers = left, right, scale
 
