@@ -247,10 +247,14 @@ def test_keys_besides_a_window(groups: int, pad: str, packed: bool) -> None:
         pairs = pairs & (ctx.documents[:, :, None] == ctx.documents[:, None, :])
     some = pairs.any(-1)[:, None, :, None]
     wanted = plain(*given, Visible(mask=pairs[:, None] | ~some), 0.3, 0.0, SOFTMAX) * some
-    found = near.attend(*given, 0.3)
+    # What marked queries find elsewhere stands in their places.
+    elsewhere = torch.randn(2, dy.shape[1], count, 16, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    index = places[:, None, :, None].expand_as(elsewhere)
+    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, 1)).scatter(2, index, elsewhere)[:, :, :-1]
+    found = near.attend(*given, 0.3, elsewhere)
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=2e-5)
-    slopes = torch.autograd.grad(wanted, given, dy)
-    for mine, others in zip(torch.autograd.grad(found, given, dy), slopes, strict=True):
+    slopes = torch.autograd.grad(wanted, (*given, elsewhere), dy)
+    for mine, others in zip(torch.autograd.grad(found, (*given, elsewhere), dy), slopes, strict=True):
         torch.testing.assert_close(mine, others, atol=1e-5, rtol=1e-4)
 
 

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from xtcli.fast.windowkernels import FLOOR, _put, _row, _tile
 
+HIDDEN = tl.constexpr(-3)
+"""The label of queries that see nothing: no key has it."""
+
 
 @triton.jit
 def _few(  # type: ignore[no-untyped-def]
@@ -36,7 +39,7 @@ def _scores(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forward(  # type: ignore[no-untyped-def]
-    q, k, v, places, seen, o, ends, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, seen_b, seen_t,
+    q, k, v, places, seen, mine, o, ends, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, seen_b, seen_t,
     H, group, T, E, scale,
     EVEN: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +52,8 @@ def forward(  # type: ignore[no-untyped-def]
     asked = _tile(q, b, h, first, qb, qh, qt, T, M, D, EVEN)
     x = _scores(asked, _few(k, places, b, g, kb, kh, kt, T, E, N, D), seen, b, t, T, E, seen_b, seen_t, scale, M, N)
     row = bh.to(tl.int64) * T
+    label = _row(mine, b.to(tl.int64) * T, t, T, HIDDEN, EVEN)
+    x = tl.where((label == HIDDEN)[:, None], float("-inf"), x)
     near = _row(ends, row, t, T, float("inf"), EVEN)
     # A query whose window is empty is told by +inf, and one that sees nothing at all is to be told so as well.
     near = tl.where(near == float("inf"), float("-inf"), near)
@@ -127,3 +132,22 @@ def keys(  # type: ignore[no-untyped-def]
         at = dv + b.to(tl.int64) * vb + g.to(tl.int64) * vh + place.to(tl.int64)[:, None] * vt + d[None, :]
     before = tl.load(at, mask=real, other=0.0).to(tl.float32)
     tl.store(at, (before + total).to(dk.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def rows(  # type: ignore[no-untyped-def]
+    x, few, places, xb, xh, xt, fb, fh, fe, H, T, E, PUT: tl.constexpr, D: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Put `few` (B, H, E, D) into x at the places of one row and head, or take from there; zeros where none is."""
+    bh = tl.program_id(0)
+    b, h = bh // H, bh % H
+    e, d = tl.arange(0, N), tl.arange(0, D)
+    place = tl.load(places + b * E + e, mask=e < E, other=T)
+    real = (place < T)[:, None]
+    at = x + b.to(tl.int64) * xb + h.to(tl.int64) * xh + place.to(tl.int64)[:, None] * xt + d[None, :]
+    beside = few + b.to(tl.int64) * fb + h.to(tl.int64) * fh + e[:, None] * fe + d[None, :]
+    known = (e < E)[:, None]
+    if PUT:
+        tl.store(at, tl.load(beside, mask=known, other=0.0).to(x.dtype.element_ty), mask=real)
+    else:
+        tl.store(beside, tl.load(at, mask=real, other=0.0).to(few.dtype.element_ty), mask=known)

@@ -4,6 +4,8 @@ The window is that of window.py, which leaves those few keys out; a kernel behin
 logarithm of its sum of powers, by which both are weighed (Dao 2023, arXiv:2307.08691, section 3.1); with the logarithm
 of the whole and what came out of the whole, the way back of either part is the one it has alone.
 
+The queries at the places of those keys see nothing here: what they are to find is given, and takes its place.
+
 Axes: B rows, H query heads, G key/value heads, T tokens, D head width, E keys besides.
 """
 
@@ -27,24 +29,25 @@ LEAST = 16
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor, left: int, right: int,
-    scale: float,
+    scale: float, found: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, H, T, D), and log2 of each query's sum of powers (B, H, T); see `attend`."""
     y, ends = window.forward(q, k, v, mine, theirs, left, right, scale)
     q, k, v = (window._rows(x) for x in (q, k, v))
     sizes, constants = _sizes(q, k, places)
     kernels.forward[(triton.cdiv(q.shape[2], QUERIES), q.shape[0] * q.shape[1])](
-        q, k, v, places, seen, y, ends, *window._steps(q, k, v, y), *_seen_steps(seen), *sizes, scale * LOG2E,
+        q, k, v, places, seen, mine, y, ends, *window._steps(q, k, v, y), *_seen_steps(seen), *sizes, scale * LOG2E,
         **constants,
     )  # fmt: skip
+    _rows(y, window._rows(found), places, constants["N"], True)
     return y, ends
 
 
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor,
     y: Tensor, ends: Tensor, left: int, right: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The slopes of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The slopes of q, k, v and of what is found at the places."""
     dy, q, k, v = (window._rows(x) for x in (dy, q, k, v))
     dq, dk, dv = window.backward(dy, q, k, v, mine, theirs, y, ends, left, right, scale)
     sizes, constants = _sizes(q, k, places)
@@ -58,7 +61,17 @@ def backward(
     kernels.keys[(2, batch * groups)](
         places, parts, dk, dv, *window._steps(dk, dv), groups, *sizes[1:], lines, D=width, N=constants["N"]
     )
-    return dq, dk, dv
+    reached = dy.new_empty(batch, heads, places.shape[1], width)
+    _rows(dy, reached, places, constants["N"], False)
+    return dq, dk, dv, reached
+
+
+def _rows(x: Tensor, few: Tensor, places: Tensor, count: int, put: bool) -> None:
+    """Put `few` (B, H, E, D) into x (B, H, T, D) at the places, or take from there."""
+    batch, heads, length, width = x.shape
+    kernels.rows[(batch * heads,)](
+        x, few, places, *window._steps(x, few), heads, length, places.shape[1], put, width, count
+    )
 
 
 def _sizes(q: Tensor, k: Tensor, places: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -75,10 +88,10 @@ def _seen_steps(seen: Tensor) -> tuple[int, int]:
 
 _LIBRARY = torch.library.Library("xt", "FRAGMENT")
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor places, Tensor seen, Tensor mine, Tensor theirs"
-_LIBRARY.define(f"attend_aside({_GIVEN}, int left, int right, float scale) -> (Tensor, Tensor)")
+_LIBRARY.define(f"attend_aside({_GIVEN}, int left, int right, float scale, Tensor found) -> (Tensor, Tensor)")
 _LIBRARY.define(
     f"attend_aside_back(Tensor dy, {_GIVEN}, Tensor y, Tensor ends, int left, int right, float scale) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 # On a CPU they run in Triton's interpreter.
 torch.library.impl("xt::attend_aside", ("cuda", "cpu"))(forward)
@@ -91,12 +104,13 @@ def _shapes(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("xt::attend_aside_back")
-def _slopes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return window._like(q), window._like(k), window._like(v)
+def _slopes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    found = dy.new_empty(*q.shape[:2], places.shape[1], q.shape[3])
+    return window._like(q), window._like(k), window._like(v), found
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, left, right, scale = inputs
+    *tensors, left, right, scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
     # None in place of zeros for what nothing reads.
     ctx.set_materialize_grads(False)
@@ -105,7 +119,8 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _back(ctx: Any, dy: Tensor, ends: Any) -> Any:
-    return *torch.ops.xt.attend_aside_back(dy, *ctx.saved_tensors, *ctx.numbers), *(None,) * 7
+    *slopes, found = torch.ops.xt.attend_aside_back(dy, *ctx.saved_tensors, *ctx.numbers)
+    return *slopes, *(None,) * 7, found
 
 
 torch.library.register_autograd("xt::attend_aside", _back, setup_context=_keep)
@@ -113,13 +128,13 @@ torch.library.register_autograd("xt::attend_aside", _back, setup_context=_keep)
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor, seen: Tensor, mine: Tensor, theirs: Tensor, left: int, right: int,
-    scale: float,
+    scale: float, found: Tensor,
 ) -> Tensor:  # fmt: skip
-    """(B, H, T, D) of q (B, H, T, D), k and v (B, G, T, D).
+    """(B, H, T, D) of q (B, H, T, D), k and v (B, G, T, D), with found (B, H, E, D) at the places.
 
     places (B, E), int64: the keys that are seen besides, which labels hide from the window, T where a row has fewer;
-    seen (B|1, 1, 1|T, E): by whom. Labels int32 (B, T) as in window.py.
+    seen (B|1, 1, 1|T, E): by whom. Labels int32 (B, T) as in window.py; queries at the places are labelled -3.
     """
     given = q, k, v, places.contiguous(), seen.contiguous(), mine, theirs
-    y: Tensor = torch.ops.xt.attend_aside(*given, left, right, scale)[0]
+    y: Tensor = torch.ops.xt.attend_aside(*given, left, right, scale, found.to(q.dtype))[0]
     return y

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from xtcli.parts import blockmasks, routes
 from xtcli.parts.blockmasks import Blocks
 from xtcli.parts.context import Ctx, Visible
-from xtcli.parts.linear import widen
+from xtcli.parts.linear import narrowed, widen
+from xtcli.parts.windows import Near
 
 SLAB = {"cpu": 2**22}
 """Scores that are computed at once, by device: on a CPU what its caches hold, elsewhere WIDE."""
@@ -127,6 +128,11 @@ class Whole:
     """A window that the kernel keeps to by itself: the keys stand in their places, and those aside are among them."""
 
     blocks: Blocks
+
+    def near(self, q: Tensor) -> Near | None:
+        """The window with keys besides, where our kernel attends to both at once."""
+        found = self.blocks.near(q.shape[-1], narrowed(q)[0].dtype)
+        return found if found is not None and found.beside is not None else None
 
     def attend(
         self,

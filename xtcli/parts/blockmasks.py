@@ -218,7 +218,8 @@ def around(
     beside: tuple[Tensor, Tensor] | None = None,
 ) -> Blocks:
     """A window on both sides of a query and the keys that are `marked` (B, T), all among the real `keys` (B, T), for
-    heads of this width. `beside` is what windows.py is to know of the marked ones."""
+    heads of this width. `beside` is what windows.py is to know of the marked ones; what marked queries find in the
+    window does not count."""
     length, documents = ctx.keys.shape[1], ctx.documents
     rule = masks.Window.Config(left=radius * dilation, right=radius * dilation, dilation=dilation)
     if marked is None and keys is None and documents is None:
@@ -228,6 +229,8 @@ def around(
     if width in windows.WIDTHS and (marked is None or few):
         inside = keys if marked is None else ~marked if keys is None else keys & ~marked
         near = windows.of_rule(rule, ctx.keys.device, labels(inside, documents), None)
+        if near is not None and marked is not None and near.labels is not None:
+            near = replace(near, labels=(near.labels[0].masked_fill(marked, windows.NOTHING), near.labels[1]))
         if near is not None:
             return Blocks(None, window=replace(near, beside=beside))
     label = labels(keys, documents)

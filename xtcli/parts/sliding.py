@@ -13,16 +13,17 @@ Axes as in bands.py; E global tokens of a row, filled up to the largest number i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xtcli.parts import routes
+from xtcli.parts import blockmasks, routes
 from xtcli.parts.bands import Aside, Band, Whole, WindowLayout
+from xtcli.parts.blockmasks import lasting
 from xtcli.parts.context import Ctx, Visible
-from xtcli.parts.linear import Linear
+from xtcli.parts.linear import Linear, narrowed
 from xtcli.parts.local import Near
 from xtcli.parts.masks import keys_only
 from xtcli.parts.scope import Impossible, Scope
@@ -67,8 +68,10 @@ class MarkedLayout(WindowLayout):
 
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Marked | None]:  # type: ignore[override]
         """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
-        found, length = self.find(x, ctx), x.shape[1]
         first = self.usual == "first" and ctx.extras.get("global_attention_mask") is None
+        if first and ctx.mask is None and ctx.documents is None and self.free and routes.suits(x):
+            return lasting(_first_alone(self.radius, self.dilation, self.width, *x.shape[:2], x.device))
+        found, length = self.find(x, ctx), x.shape[1]
         if ctx.mask is not None and (ctx.mask.is_meta or bool((ctx.mask > 1).any())):
             found, first = ctx.mask > 1 if found is None else found | (ctx.mask > 1), False
         if found is not None and ctx.keep is not None:
@@ -166,6 +169,8 @@ class SlidingGlobal(Near):
         aside = None
         if isinstance(band, Band):
             aside = Aside(marked.pick(k), marked.pick(v), lambda start, stop: rows(marked.seen, start, stop))
+        elif (near := band.near(q)) is not None:
+            return self.leave(near.attend(*narrowed(q, k, v), self.scale, self.everywhere(x, marked, ctx)), x, ctx)
         y = band.attend(self.kernel, q, k, v, aside)
         return self.leave(marked.put(y, self.everywhere(x, marked, ctx)), x, ctx)
 
@@ -180,6 +185,22 @@ class SlidingGlobal(Near):
             own = marked.seen.transpose(-1, -2) | ~marked.real[:, None, :, None]
             seen = Visible(own if seen.mask is None else own & seen.mask)
         return self.kernel(q, k, v, seen)
+
+
+@lru_cache(maxsize=16)
+def _first_alone(
+    radius: int, dilation: int, width: int, batch: int, length: int, device: torch.device
+) -> tuple[Whole, Marked]:
+    """The window and the first token of each row, where nothing hides a key."""
+    # Of use in training later, though made for a model that is only read.
+    with torch.inference_mode(False):
+        slots = torch.arange(length, device=device)[None]
+        places = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        real = torch.ones_like(places, dtype=torch.bool)
+        seen, found = real[:, None, None, :], (slots == 0).expand(batch, -1)
+        ctx = Ctx(positions=slots, keys=slots)
+        blocks = blockmasks.around(radius, dilation, found, None, ctx, width, (places, seen))
+    return Whole(blocks), Marked(places, real, seen, True)
 
 
 def rows(mask: Tensor, start: int, stop: int) -> Tensor:

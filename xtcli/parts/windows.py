@@ -1,7 +1,7 @@
 """Windows of slots around each query, for a kernel of ours that finds the keys of a query by arithmetic.
 
-The kernel is fast/window.py. A pair inside the window counts where query and key have the same label; a query labelled
-ALONE sees itself alone. A short text is one window too: `takes` says where the kernel is then faster than PyTorch's.
+The kernel is fast/window.py. A pair inside the window counts where query and key have the same label. A short text is
+one window too: `takes` says where the kernel is then faster than PyTorch's.
 
 Axes: B rows, H query heads, G key/value heads, T tokens, D head width.
 """
@@ -19,7 +19,8 @@ from xtcli.parts.context import Visible
 from xtcli.parts.linear import narrowed
 from xtcli.registry import Config
 
-ALONE = -2
+ALONE, NOTHING = -2, -3
+"""Labels of queries that see themselves alone, and that see nothing."""
 
 WIDTHS = (16, 32, 64, 128)
 """Widths of a head that the kernel takes."""
@@ -43,7 +44,7 @@ class Near:
     """Query t sees the keys from t - left to t + right. labels: int32 (B, T) of queries and of keys, or None.
 
     beside: places (B, E) of keys that labels hide from the window and that are seen besides, T where a row has fewer,
-    and who sees them (B, 1, 1|T, E).
+    and who sees them (B, 1, 1|T, E). The queries there are labelled NOTHING.
     """
 
     left: int
@@ -55,13 +56,14 @@ class Near:
         """Whether the kernel attends with heads of this width."""
         return width in WIDTHS and dtype in KINDS
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, found: Tensor | None = None) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D); found (B, H, E, D): what stands at the places of keys
+        besides."""
         mine, theirs = (None, None) if self.labels is None else self.labels
         if self.beside is not None:
             from xtcli.fast import windowaside
 
-            return windowaside.attend(q, k, v, *self.beside, mine, theirs, self.left, self.right, scale)  # type: ignore[arg-type]
+            return windowaside.attend(q, k, v, *self.beside, mine, theirs, self.left, self.right, scale, found)  # type: ignore[arg-type]
         y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, self.left, self.right, scale)[0]
         return y
 
