@@ -108,3 +108,25 @@ def test_compiled_terms_agree() -> None:
     ours, theirs = (linear_cross_entropy(*inputs, terms=terms).sum for terms in (compiled, losses.slab_terms))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves))
+
+
+@pytest.mark.parametrize("slab", [72 * 2 * 3, 2**30])
+@pytest.mark.parametrize(("vocab", "bias"), [(72, True), (72, False), (77, True)])
+def test_products_of_a_slab_by_the_kernels_for_linear_layers(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, bias: bool, slab: int
+) -> None:
+    """Those that they take and those that they leave, in several slabs and in one."""
+    from xtcli.fast.linear import PRODUCTS
+
+    monkeypatch.setitem(losses.SLAB_BYTES, "cpu", slab)
+    generator = torch.Generator().manual_seed(3)
+    x, w, b = (torch.randn(size, generator=generator).bfloat16() for size in ((10, 16), (vocab, 16), (vocab,)))
+    targets = torch.randint(vocab, (10,), generator=generator)
+    made = []
+    for products in (losses.PRODUCTS, PRODUCTS):
+        given = [value.clone().requires_grad_() for value in ((x, w, b) if bias else (x, w))]
+        states, weight, *rest = given
+        term = losses.linear_cross_entropy(states, weight, rest[0] if rest else None, targets, products=products)
+        made.append((term.sum, *torch.autograd.grad(term.sum, given)))
+    for mine, theirs in zip(*made, strict=True):
+        assert torch.equal(mine, theirs)

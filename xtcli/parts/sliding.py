@@ -69,7 +69,8 @@ class MarkedLayout(WindowLayout):
     def lay(self, x: Tensor, ctx: Ctx, biases: Any) -> tuple[Band | Whole, Marked | None]:  # type: ignore[override]
         """The band and the global tokens for queries x (B, T, dim); None where no token of the batch is global."""
         first = self.usual == "first" and ctx.extras.get("global_attention_mask") is None
-        if first and ctx.mask is None and ctx.documents is None and self.free and routes.suits(x):
+        plain = ctx.mask is None and ctx.keep is None and ctx.documents is None
+        if first and plain and self.free and routes.suits(x):
             return lasting(_first_alone(self.radius, self.dilation, self.width, *x.shape[:2], x.device))
         found, length = self.find(x, ctx), x.shape[1]
         if ctx.mask is not None and (ctx.mask.is_meta or bool((ctx.mask > 1).any())):
