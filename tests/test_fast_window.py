@@ -221,6 +221,40 @@ def test_models_agree_on_both_routes(
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("how", ["given", "padded", "twos", "documents", "none"])
+def test_global_tokens_agree_on_both_routes(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three in one row and one in the other, by a mask of their own or by twos; the first of rows of documents."""
+    attention = {"kind": "sliding-global", "radius": 9, "heads": 2, "kv_heads": 2, "head_dim": 16, "globals": "first"}
+    model = make(config(attention, context=100, dropout=0.0), False, spread=0.3)
+    generator = torch.Generator().manual_seed(5)
+    given = {"input_ids": torch.randint(11, (2, 100), generator=generator)}
+    marked, keep = torch.zeros(2, 100, dtype=torch.long), torch.ones(2, 100, dtype=torch.long)
+    marked[0, [2, 50, 97]] = marked[1, 60] = 1
+    keep[1, 80:] = 0
+    if how in ("given", "padded"):
+        given["global_attention_mask"] = marked
+    if how == "none":
+        given["global_attention_mask"] = torch.zeros_like(marked)
+    if how in ("padded", "twos"):
+        given["attention_mask"] = keep + (marked if how == "twos" else 0)
+    if how == "documents":
+        given["document_ids"] = (torch.arange(100)[None] // 40).expand(2, -1)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        hidden = model(**given).last_hidden_state[keep.bool() if "attention_mask" in given else torch.ones(2, 100) > 0]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return hidden, [
+            x for x in torch.autograd.grad(hidden.square().sum(), parameters, allow_unused=True) if x is not None
+        ]
+
+    wanted, slopes = run()
+    monkeypatch.setattr(routes, "suits", lambda x: True)
+    found, mine = run()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, slopes, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("groups", "pad", "packed"), [(2, "none", False), (1, "left", False), (2, "holes", True)])
 def test_keys_besides_a_window(groups: int, pad: str, packed: bool) -> None:
     """Three marked keys in one row and one in the other, against a stored mask."""
