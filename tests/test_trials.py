@@ -73,3 +73,15 @@ def test_what_is_sure_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trials, "LIMIT", -1.0)
     found, kernels = choose({"a": 3.0, "b": 2.0, "c": 1.0}, ["a", "b"], ["c"])
     assert found == "b" and kernels.counted["c"] == 0
+
+
+def test_products_of_about_as_many_rows_share_a_kernel() -> None:
+    chosen: trials.Chosen[str] = trials.Chosen()
+    assert chosen.near("up", 1000) == []
+    for rows, kernel in ((1000, "a"), (1600, "b"), (8000, "c")):
+        chosen.add("up", rows, kernel)
+    chosen.add("down", 1000, "d")
+    assert chosen.near("up", 1500) == ["b", "a"]
+    assert chosen.near("up", 1100) == ["a", "b"]
+    assert chosen.near("up", 3200) == ["b"] and chosen.near("up", 3500) == []
+    assert chosen.near("up", 16000) == ["c"] and chosen.near("down", 500) == ["d"]

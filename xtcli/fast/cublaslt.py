@@ -10,7 +10,7 @@ Matrices are column-major as the library has it: D (m, n) = op(A) op(B) (+ C), i
 is a column-major matrix (c, r). Reference: https://docs.nvidia.com/cuda/cublas/, "Using the cuBLASLt API".
 
 The library names a few kernels for a shape by a model of their speed. It names others, often faster ones, for shapes
-near by; all that fit are timed at a product's first use (trials.py).
+near by; all that fit are timed at a product's first use (trials.py), unless one was chosen for about as many rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtcli.fast.trials import fastest
+from xtcli.fast.trials import Chosen, fastest
 
 PLAIN, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
 _AUXILIARY = (GELU_AUX_BIAS, DGELU)
@@ -46,6 +46,7 @@ SWIZZLES = (0, 1, 2)
 """Orders of tiles that are tried with the best kernels."""
 _SWIZZLE = 4
 NAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
+CHOSEN: Chosen[Any] = Chosen()
 
 
 class Failed(Exception):
@@ -110,6 +111,9 @@ class Product:
         self._set(_EPILOGUE, c_uint32(epilogue))
         self.layouts = self._layouts(m, n, k)
         self.chosen: Any = None
+        # The gradient of a weight sums over rows.
+        self.rows = k if turn_b else n
+        self.family = (m, n if turn_b else k, turn_a, turn_b, epilogue, dtype, device, onto)
 
     def __call__(
         self,
@@ -164,9 +168,13 @@ class Product:
             raise Failed("cublasLtMatmulAlgoGetHeuristic: no kernel")
         if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
             return named[0]
+        for algorithm in CHOSEN.near(self.family, self.rows):
+            if self._fits(algorithm):
+                return algorithm
         found = fastest(lambda algorithm: self._run(a, b, c, d, algorithm), named, self._near(named), _swizzled, Failed)
         if found is None:
             raise Failed("cublasLtMatmul: no kernel runs")
+        CHOSEN.add(self.family, self.rows, found)
         return found
 
     def _named(self, layouts: tuple[c_void_p, c_void_p, c_void_p]) -> list[Any]:

@@ -8,8 +8,8 @@ first, which costs more there than it seems.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -23,9 +23,30 @@ VARIED = 2
 """How many of the best are tried in their variants as well."""
 TRIALS = 5
 
+CLOSE = 2.0
+"""Products whose rows differ by this factor at most share a kernel."""
+
 Kernel = TypeVar("Kernel")
 Clock = Callable[[Sequence[Callable[[], None]]], list[float]]
 """The times that calls take, one after the other, in any unit."""
+
+
+class Chosen(Generic[Kernel]):
+    """Kernels that have been chosen. Texts of many widths make products that differ in their rows alone, and a trial
+    for each would cost more than it brings."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, dict[int, Kernel]] = {}
+
+    def add(self, family: Hashable, rows: int, kernel: Kernel) -> None:
+        """Remember a kernel; `family` is all that a product is but its rows."""
+        self.known.setdefault(family, {})[rows] = kernel
+
+    def near(self, family: Hashable, rows: int) -> list[Kernel]:
+        """Kernels for about as many rows, those for the nearest number first."""
+        apart = {other: max(other, rows) / max(min(other, rows), 1) for other in self.known.get(family, ())}
+        close = sorted((factor, other) for other, factor in apart.items() if factor <= CLOSE)
+        return [self.known[family][other] for _, other in close]
 
 
 def fastest(
