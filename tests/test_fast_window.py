@@ -179,6 +179,25 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(mine, theirs)
 
 
+def counted_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """Which of these ways to attend in a window are gone, one entry a call."""
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        attend = getattr(windows.Near, name)
+
+        def counts(*given: Any) -> Tensor:
+            calls.append(name)
+            made: Tensor = attend(*given)
+            return made
+
+        return counts
+
+    for name in names:
+        monkeypatch.setattr(windows.Near, name, counted(name))
+    return calls
+
+
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("causal", "attention"),
@@ -193,14 +212,7 @@ def test_compiles_whole() -> None:
 def test_models_agree_on_both_routes(
     causal: bool, attention: dict[str, Any], pad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    attend = windows.Near.attend
-
-    def counted(*given: Any) -> Tensor:
-        calls.append(1)
-        return attend(*given)
-
-    monkeypatch.setattr(windows.Near, "attend", counted)
+    calls = counted_calls(monkeypatch, "attend", "attend_beside")
     model = make(config({**attention, "head_dim": 16}, context=128, dropout=0.0), causal, spread=0.3)
     ids = torch.randint(11, (2, 128), generator=torch.Generator().manual_seed(5))
     keep = texts(128, pad, False).keep
@@ -247,9 +259,12 @@ def test_global_tokens_agree_on_both_routes(how: str, monkeypatch: pytest.Monkey
             x for x in torch.autograd.grad(hidden.square().sum(), parameters, allow_unused=True) if x is not None
         ]
 
+    calls = counted_calls(monkeypatch, "attend_beside")
     wanted, slopes = run()
+    assert not calls
     monkeypatch.setattr(routes, "suits", lambda x: True)
     found, mine = run()
+    assert bool(calls) == (how != "none")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine, slopes, atol=2e-4, rtol=2e-3)
 
@@ -285,7 +300,7 @@ def test_keys_besides_a_window(groups: int, pad: str, packed: bool) -> None:
     elsewhere = torch.randn(2, dy.shape[1], count, 16, generator=torch.Generator().manual_seed(9)).requires_grad_()
     index = places[:, None, :, None].expand_as(elsewhere)
     wanted = torch.nn.functional.pad(wanted, (0, 0, 0, 1)).scatter(2, index, elsewhere)[:, :, :-1]
-    found = near.attend(*given, 0.3, elsewhere)
+    found = near.attend_beside(*given, 0.3, elsewhere)
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=2e-5)
     slopes = torch.autograd.grad(wanted, (*given, elsewhere), dy)
     for mine, others in zip(torch.autograd.grad(found, (*given, elsewhere), dy), slopes, strict=True):

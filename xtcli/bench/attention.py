@@ -189,6 +189,7 @@ def _measure(
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
+                # By which kernels say what they cannot do; the table prints it.
                 if ready.smaller is None:
                     raise Cannot(kernels.reason(name, error, list(heard))) from None
         ready = ready.smaller()

@@ -10,9 +10,23 @@ import triton
 import triton.language as tl
 
 from xtcli.fast.windowkernels import FLOOR, _put, _row, _tile
+from xtcli.parts.windows import NOTHING
 
-HIDDEN = tl.constexpr(-3)
+HIDDEN = tl.constexpr(NOTHING)
 """The label of queries that see nothing: no key has it."""
+
+
+@triton.jit
+def _places(places, b, T, E, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The places of a row, (N,); T for those that it has fewer."""
+    e = tl.arange(0, N)
+    return tl.load(places + b * E + e, mask=e < E, other=T)
+
+
+@triton.jit
+def _at(x, place, b, h, sb, sh, st, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses of one row's and head's tokens at places (N,): (N, D)."""
+    return x + b.to(tl.int64) * sb + h.to(tl.int64) * sh + place.to(tl.int64)[:, None] * st + tl.arange(0, D)[None, :]
 
 
 @triton.jit
@@ -20,10 +34,8 @@ def _few(  # type: ignore[no-untyped-def]
     x, places, b, g, sb, sh, st, T, E, N: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """The keys besides of one row and head, (N, D); zeros for those that a row has fewer."""
-    e = tl.arange(0, N)
-    place = tl.load(places + b * E + e, mask=e < E, other=T)
-    at = x + b.to(tl.int64) * sb + g.to(tl.int64) * sh + place.to(tl.int64)[:, None] * st + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=(place < T)[:, None], other=0.0)
+    place = _places(places, b, T, E, N)
+    return tl.load(_at(x, place, b, g, sb, sh, st, D), mask=(place < T)[:, None], other=0.0)
 
 
 @triton.jit
@@ -124,12 +136,12 @@ def keys(  # type: ignore[no-untyped-def]
     for _ in range(group * lines):
         total += tl.load(part)
         part += 2 * N * D
-    place = tl.load(places + b * E + e, mask=e < E, other=T)
+    place = _places(places, b, T, E, N)
     real = (place < T)[:, None]
-    if side == 0:
-        at = dk + b.to(tl.int64) * kb + g.to(tl.int64) * kh + place.to(tl.int64)[:, None] * kt + d[None, :]
+    if side == 0:  # noqa: SIM108 - the compiler's branches are statements
+        at = _at(dk, place, b, g, kb, kh, kt, D)
     else:
-        at = dv + b.to(tl.int64) * vb + g.to(tl.int64) * vh + place.to(tl.int64)[:, None] * vt + d[None, :]
+        at = _at(dv, place, b, g, vb, vh, vt, D)
     before = tl.load(at, mask=real, other=0.0).to(tl.float32)
     tl.store(at, (before + total).to(dk.dtype.element_ty), mask=real)
 
@@ -141,12 +153,10 @@ def rows(  # type: ignore[no-untyped-def]
     """Put `few` (B, H, E, D) into x at the places of one row and head, or take from there; zeros where none is."""
     bh = tl.program_id(0)
     b, h = bh // H, bh % H
-    e, d = tl.arange(0, N), tl.arange(0, D)
-    place = tl.load(places + b * E + e, mask=e < E, other=T)
-    real = (place < T)[:, None]
-    at = x + b.to(tl.int64) * xb + h.to(tl.int64) * xh + place.to(tl.int64)[:, None] * xt + d[None, :]
-    beside = few + b.to(tl.int64) * fb + h.to(tl.int64) * fh + e[:, None] * fe + d[None, :]
-    known = (e < E)[:, None]
+    e = tl.arange(0, N)
+    place = _places(places, b, T, E, N)
+    at, beside = _at(x, place, b, h, xb, xh, xt, D), _at(few, e, b, h, fb, fh, fe, D)
+    real, known = (place < T)[:, None], (e < E)[:, None]
     if PUT:
         tl.store(at, tl.load(beside, mask=known, other=0.0).to(x.dtype.element_ty), mask=real)
     else:

@@ -161,8 +161,9 @@ class Product:
         )  # fmt: skip
 
     def _choose(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
-        """The kernel of the shortest time; the library's first where a choice by time would change what is computed,
-        or nothing can be timed. The pointers must be set, for they are looked at."""
+        """The kernel of the shortest time, or one that was chosen for about as many rows; the library's first where a
+        choice by time would change what is computed, or nothing can be timed. The pointers must be set, for they are
+        looked at."""
         named = self._named(self.layouts)
         if not named:
             raise Failed("cublasLtMatmulAlgoGetHeuristic: no kernel")

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast.layout import alike, steps, whole_rows
 from xtcli.parts.slides import LOG2E, diagonals, slide_plainly
 
 FORWARD = (128, 64, 8, 3)
@@ -213,13 +214,13 @@ def forward(
     q, k, v (B, H, T, D), row (H, 2 T - 1) float32, seed (1,) int64. code (B, T) int8: 1 at a key that is seen, and 2 at
     a query that sees itself alone.
     """
-    q, k, v, row = *(_rows(x) for x in (q, k, v)), row.contiguous()
+    q, k, v, row = *(whole_rows(x) for x in (q, k, v)), row.contiguous()
     batch, heads, length, width = q.shape
-    y, ends = _like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
+    y, ends = alike(q), q.new_empty(batch, heads, length, dtype=torch.float32)
     M, N, warps, stages = FORWARD
     _forward[(triton.cdiv(length, M), batch * heads)](
         q, k, v, row, seed if code is None else code, seed, y, ends,
-        *_steps(q), *_steps(k), *_steps(v), *_steps(y), heads, length, scale * LOG2E, _least(rate), 1 / (1 - rate),
+        *steps(q, k, v, y), heads, length, scale * LOG2E, _least(rate), 1 / (1 - rate),
         causal, code is not None, rate > 0, width, M, N, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y, ends
@@ -230,28 +231,28 @@ def backward(
     ends: Tensor, causal: bool, scale: float, rate: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The slopes of q, k, v and of the bias, (H, 2 T - 1)."""
-    dy, q, k, v, y, row = *(_rows(x) for x in (dy, q, k, v, y)), row.contiguous()
+    dy, q, k, v, y, row = *(whole_rows(x) for x in (dy, q, k, v, y)), row.contiguous()
     batch, heads, length, width = q.shape
-    dq, dk, dv = _like(q), _like(q), _like(q)
+    dq, dk, dv = alike(q), alike(q), alike(q)
     deltas = torch.empty_like(ends)
     db = q.new_empty(heads, length, length, dtype=torch.float32)
     codes = seed if code is None else code
-    steps = (*_steps(q), *_steps(k), *_steps(v))
+    read = steps(q, k, v)
     numbers = (scale * LOG2E, scale, _least(rate), 1 / (1 - rate))
     kinds = (causal, code is not None, rate > 0, width)
     M, N, warps, stages = QUERIES
     _queries[(triton.cdiv(length, M), batch * heads)](
-        q, k, v, row, codes, seed, y, dy, ends, deltas, dq, *steps, *_steps(dq), *_steps(dy), heads, length, *numbers,
+        q, k, v, row, codes, seed, y, dy, ends, deltas, dq, *read, *steps(dq), *steps(dy), heads, length, *numbers,
         *kinds, M, N, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     M, N, warps, stages = KEYS
     _keys[(triton.cdiv(length, N), batch * heads)](
-        q, k, v, row, codes, seed, dy, ends, deltas, dk, dv, *steps, *_steps(dk), *_steps(dy), heads, length, *numbers,
+        q, k, v, row, codes, seed, dy, ends, deltas, dk, dv, *read, *steps(dk), *steps(dy), heads, length, *numbers,
         *kinds, M, N, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     M, N, warps, stages = BIAS
     _bias[(triton.cdiv(length, M) * triton.cdiv(length, N), heads)](
-        q, k, v, row, codes, seed, dy, ends, deltas, db, *steps, *_steps(dy), batch, heads, length,
+        q, k, v, row, codes, seed, dy, ends, deltas, db, *read, *steps(dy), batch, heads, length,
         numbers[0], *numbers[2:], *kinds, M, N, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, dk, dv, diagonals(db)
@@ -260,22 +261,6 @@ def backward(
 def _least(rate: float) -> int:
     """The hash, of 31 bits, from which a weight stays."""
     return int(rate * 2**31)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With rows in one piece that begin at 16 bytes."""
-    whole = x.stride(-1) == 1 and all(step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
-    return x if whole and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    """(B, H, T, D) that lies as (B, T, H, D), so that heads join without a copy."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
-def _steps(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def kept(seed: Tensor, shape: tuple[int, int, int], rate: float) -> Tensor:
@@ -327,12 +312,12 @@ torch.library.impl("xtcli::distance_slopes", "cuda")(backward)
 
 @torch.library.register_fake("xtcli::distance")
 def _shapes(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return alike(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("xtcli::distance_slopes")
 def _slope_shapes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, row: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _like(q), _like(q), _like(q), row.new_empty(row.shape)
+    return alike(q), alike(q), alike(q), row.new_empty(row.shape)
 
 
 def _remember(ctx: Any, inputs: Any, output: Any) -> None:

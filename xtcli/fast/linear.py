@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from xtcli.fast import cublaslt
 from xtcli.fast.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, PLAIN
+from xtcli.parts.losses import PRODUCTS as PLAIN_PRODUCTS
 from xtcli.parts.losses import Products
 
 ALIGN = 8
@@ -215,15 +216,15 @@ def _by_library(dy: Tensor, x: Tensor) -> bool:
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     known = _by_library(x, weight) and suits(weight.shape[0])
-    return torch.ops.xt.product(x, weight, bias) if known else F.linear(x, weight, bias)
+    return torch.ops.xt.product(x, weight, bias) if known else PLAIN_PRODUCTS.logits(x, weight, bias)
 
 
 def _back_of(dy: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.xt.back(dy, weight) if _by_library(dy, weight) else dy @ weight
+    return torch.ops.xt.back(dy, weight) if _by_library(dy, weight) else PLAIN_PRODUCTS.back(dy, weight)
 
 
 def _slope_of(dy: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.xt.slope(dy, x) if _by_library(dy, x) else dy.t() @ x
+    return torch.ops.xt.slope(dy, x) if _by_library(dy, x) else PLAIN_PRODUCTS.slope(dy, x)
 
 
 PRODUCTS = Products(_logits, _back_of, _slope_of)

@@ -254,7 +254,7 @@ def forward_cut(width: int) -> Cut:
     whole = triton.next_power_of_2(width)
     if whole == 1024:
         return Cut(1, whole, 1)
-    return Cut(min(max(4096 // whole, 1), 4), whole, 4 if whole <= 1024 else 8)
+    return Cut(min(max(4096 // whole, 1), 4), whole, 4 if whole < 1024 else 8)
 
 
 def backward_cut(width: int, summed: str | None = None) -> Cut:

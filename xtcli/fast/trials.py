@@ -1,8 +1,7 @@
 """The fastest of several kernels that compute the same, by trial on the device where they will run.
 
 All are timed once, in the order of what is expected of them and within a time limit; the best few then in turns, so
-that a device whose clock drifts is fair to all of them, and as they run in a recorded step: some want memory cleared
-first, which costs more there than it seems.
+that a device whose clock drifts is fair to all of them.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import torch
 
 LIMIT = 0.2
 """Seconds after which no further kernels are looked at; those that are sure to be tried are tried all the same."""
-FEW = 6
+FEW = 4
 """How many of the best are tried again."""
-REPEATED = 4
-"""Launches of each in a recording."""
 VARIED = 2
 """How many of the best are tried in their variants as well."""
 TRIALS = 5
@@ -59,9 +56,8 @@ def fastest(
 ) -> Kernel | None:
     """The kernel of the shortest time among `sure`, `more` and variants of the best; None where none runs.
 
-    `run` raises `refusal` for a kernel that cannot. With a clock of the caller's nothing is recorded.
+    `run` raises `refusal` for a kernel that cannot.
     """
-    record = recorded if clock is None else lambda call: call
     clock = clock or on_gpu
     end = time.perf_counter() + LIMIT
     known: list[tuple[float, Kernel]] = []
@@ -89,7 +85,7 @@ def fastest(
     few = best(FEW)
     if not few:
         return None
-    times = clock([record(call) for call in calls(few)] * TRIALS)
+    times = clock(calls(few * TRIALS))
     medians = [sorted(times[number :: len(few)])[TRIALS // 2] for number in range(len(few))]
     return few[medians.index(min(medians))]
 
@@ -107,19 +103,3 @@ def on_gpu(calls: Sequence[Callable[[], None]]) -> list[float]:
         pairs.append((begin, end))
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in pairs]
-
-
-def recorded(call: Callable[[], None]) -> Callable[[], None]:
-    """Several launches of a kernel as one CUDA graph."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # Other threads may go on allocating.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(REPEATED):
-                call()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay

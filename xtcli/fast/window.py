@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from xtcli.fast import windowkernels as kernels
+from xtcli.fast.layout import alike, steps, whole_rows
 
 LOG2E = 1.4426950408889634
 
@@ -40,10 +41,10 @@ def forward(
     q (B, H, T, D), k and v (B, G, T, D). Labels of queries and of keys int32 (B, T), or None: a pair counts where they
     are equal, and a query labelled -2 sees itself alone.
     """
-    q, k, v = (_rows(x) for x in (q, k, v))
-    y, ends = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = (whole_rows(x) for x in (q, k, v))
+    y, ends = alike(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     M, _, options = _cut(FORWARD, q)
-    given = (q, k, v, *_labels(mine, theirs, ends), y, ends, *_steps(q, k, v, y))
+    given = (q, k, v, *_labels(mine, theirs, ends), y, ends, *steps(q, k, v, y))
     kernels.forward[(triton.cdiv(q.shape[2], M), q.shape[0] * q.shape[1])](
         *given, *_sizes(q, k), left, right, scale * LOG2E, mine is not None, **options
     )
@@ -55,7 +56,7 @@ def backward(
     left: int, right: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The slopes of q, k and v."""
-    dq, dk, dv = (_like(x) for x in (q, k, v))
+    dq, dk, dv = (alike(x) for x in (q, k, v))
     slopes_into(dq, dk, dv, dy, q, k, v, mine, theirs, y, ends, left, right, scale)
     return dq, dk, dv
 
@@ -68,7 +69,7 @@ def slopes_into(
     """Write the slopes of q (B, H, T, D), k and v (B, G, T, D), those of q and k turned back by `turn`, which is cos
     and sin (B|1, 1, T, D / 2) and whether neighbours are pairs. `biased`: their sums over tiles of tokens, float32
     (B tiles, (H + 2 G) D)."""
-    dy, q, k, v = (_rows(x) for x in (dy, q, k, v))
+    dy, q, k, v = (whole_rows(x) for x in (dy, q, k, v))
     (batch, heads, length, width), groups = q.shape, k.shape[1]
     grouped = groups < heads
     (M, _, for_queries), (_, N, for_keys) = _cut(QUERIES, q), _cut(KEYS_OF_GROUPS if grouped else KEYS, q)
@@ -90,11 +91,11 @@ def slopes_into(
         mine is not None, 0 if turn is None else 2 if near else 1, biased,
     )  # fmt: skip
     kernels.queries[(tiles[0], batch * heads)](
-        q, k, v, *labels, y, dy, ends, deltas, dq, *_steps(q, k, v, y, dy, dq), *numbers, **for_queries
+        q, k, v, *labels, y, dy, ends, deltas, dq, *steps(q, k, v, y, dy, dq), *numbers, **for_queries
     )  # fmt: skip
     grid = (tiles[1], batch * groups)
     kernels.keys[grid[::-1] if grouped else grid](
-        q, k, v, *labels, dy, ends, deltas, dk, dv, *_steps(q, k, v, dy, dk, dv), *numbers, ACROSS=grouped, **for_keys
+        q, k, v, *labels, dy, ends, deltas, dk, dv, *steps(q, k, v, dy, dk, dv), *numbers, ACROSS=grouped, **for_keys
     )  # fmt: skip
     return sums
 
@@ -116,22 +117,6 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[1] // k.shape[1], q.shape[2]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With rows in one piece that begin at 16 bytes."""
-    whole = x.stride(-1) == 1 and all(step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
-    return x if whole and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    """(B, H, T, D) that lies as (B, T, H, D), so that heads join without a copy."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
-def _steps(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(step for x in tensors for step in x.stride()[:3])
-
-
 _LIBRARY = torch.library.Library("xt", "FRAGMENT")
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? mine, Tensor? theirs"
 _LIBRARY.define(f"attend_window({_GIVEN}, int left, int right, float scale) -> (Tensor, Tensor)")
@@ -146,12 +131,12 @@ torch.library.impl("xt::attend_window_back", ("cuda", "cpu"))(backward)
 
 @torch.library.register_fake("xt::attend_window")
 def _shapes(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return alike(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("xt::attend_window_back")
 def _slope_shapes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return alike(q), alike(k), alike(v)
 
 
 def _remember(ctx: Any, inputs: Any, output: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xtcli.fast import asidekernels as kernels
 from xtcli.fast import window
+from xtcli.fast.layout import alike, steps, whole_rows
 from xtcli.fast.window import LOG2E
 
 QUERIES, TILES = 64, 8
@@ -32,14 +33,14 @@ def forward(
     scale: float, found: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, H, T, D), and log2 of each query's sum of powers (B, H, T); see `attend`."""
+    q, k, v = (whole_rows(x) for x in (q, k, v))
     y, ends = window.forward(q, k, v, mine, theirs, left, right, scale)
-    q, k, v = (window._rows(x) for x in (q, k, v))
     sizes, constants = _sizes(q, k, places)
     kernels.forward[(triton.cdiv(q.shape[2], QUERIES), q.shape[0] * q.shape[1])](
-        q, k, v, places, seen, mine, y, ends, *window._steps(q, k, v, y), *_seen_steps(seen), *sizes, scale * LOG2E,
+        q, k, v, places, seen, mine, y, ends, *steps(q, k, v, y), *_seen_steps(seen), *sizes, scale * LOG2E,
         **constants,
     )  # fmt: skip
-    _rows(y, window._rows(found), places, constants["N"], True)
+    _exchange(y, whole_rows(found), places, constants["N"], True)
     return y, ends
 
 
@@ -48,30 +49,28 @@ def backward(
     y: Tensor, ends: Tensor, left: int, right: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The slopes of q, k, v and of what is found at the places."""
-    dy, q, k, v = (window._rows(x) for x in (dy, q, k, v))
+    dy, q, k, v = (whole_rows(x) for x in (dy, q, k, v))
     dq, dk, dv = window.backward(dy, q, k, v, mine, theirs, y, ends, left, right, scale)
     sizes, constants = _sizes(q, k, places)
     batch, heads, length, width = q.shape
     lines, groups = triton.cdiv(length, TILES * QUERIES), k.shape[1]
     parts = ends.new_empty(batch * heads, lines, 2, constants["N"], width)
     kernels.queries[(lines, batch * heads)](
-        q, k, v, places, seen, y, dy, ends, dq, parts, *window._steps(q, k, v, y, dy, dq), *_seen_steps(seen), *sizes,
+        q, k, v, places, seen, y, dy, ends, dq, parts, *steps(q, k, v, y, dy, dq), *_seen_steps(seen), *sizes,
         scale * LOG2E, scale, TILES=TILES, **constants,
     )  # fmt: skip
     kernels.keys[(2, batch * groups)](
-        places, parts, dk, dv, *window._steps(dk, dv), groups, *sizes[1:], lines, D=width, N=constants["N"]
+        places, parts, dk, dv, *steps(dk, dv), groups, *sizes[1:], lines, D=width, N=constants["N"]
     )
     reached = dy.new_empty(batch, heads, places.shape[1], width)
-    _rows(dy, reached, places, constants["N"], False)
+    _exchange(dy, reached, places, constants["N"], False)
     return dq, dk, dv, reached
 
 
-def _rows(x: Tensor, few: Tensor, places: Tensor, count: int, put: bool) -> None:
+def _exchange(x: Tensor, few: Tensor, places: Tensor, count: int, put: bool) -> None:
     """Put `few` (B, H, E, D) into x (B, H, T, D) at the places, or take from there."""
     batch, heads, length, width = x.shape
-    kernels.rows[(batch * heads,)](
-        x, few, places, *window._steps(x, few), heads, length, places.shape[1], put, width, count
-    )
+    kernels.rows[(batch * heads,)](x, few, places, *steps(x, few), heads, length, places.shape[1], put, width, count)
 
 
 def _sizes(q: Tensor, k: Tensor, places: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -100,13 +99,13 @@ torch.library.impl("xt::attend_aside_back", ("cuda", "cpu"))(backward)
 
 @torch.library.register_fake("xt::attend_aside")
 def _shapes(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return window._like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return alike(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("xt::attend_aside_back")
 def _slopes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     found = dy.new_empty(*q.shape[:2], places.shape[1], q.shape[3])
-    return window._like(q), window._like(k), window._like(v), found
+    return alike(q), alike(k), alike(v), found
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:

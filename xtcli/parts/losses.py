@@ -142,8 +142,9 @@ class SlabLoss(torch.autograd.Function):
             total += loss
             if for_states:
                 reached = products.back(slope, w)
-                dx = reached if dx is None else dx
-                if not single:
+                if dx is None:
+                    dx = reached
+                else:
                     dx[start : start + size] = reached
             if for_weight:
                 share = products.slope(slope, some)

@@ -7,7 +7,7 @@
     alibi          a slope for each head times the distance (Press et al. 2022, arXiv:2108.12409)
     distance-mlp   a small network of the distance (Wang et al. 2021, arXiv:2108.00154)
     tupe           see tupe.py
-    shaw           query (and key) times a learned vector of the distance (Shaw et al. 2018, arXiv:1803.02155)
+    shaw           see shaw.py
     infused        queries and keys, not values, are made from x + waves of the place (arXiv:2012.15832)
     all            several at once
 
@@ -35,7 +35,7 @@ from xtcli.parts.context import Ctx
 from xtcli.parts.embed import SinusoidalPlaces
 from xtcli.parts.linear import Linear, Table
 from xtcli.parts.scope import Impossible, Scope
-from xtcli.parts.shared import distances, slid, slot_distance
+from xtcli.parts.shared import distances, slid
 from xtcli.registry import Config, Slot, field, part, part_of
 
 PositionSlot = Annotated[Config, Slot("position")]
@@ -318,41 +318,3 @@ def spread(config: Config) -> dict[str, list[Config]]:
 def joined(members: Sequence[Config]) -> Config | None:
     """One config for all of several, None for none."""
     return members[0] if len(members) == 1 else AllOf.Config(of=tuple(members)) if members else None
-
-
-@part("position", "shaw")
-class Relative(nn.Module):
-    """Scores of a query (and a key) with a learned vector of their distance, one table for each layer."""
-
-    reach = "relative"
-
-    class Config(registry.Config):
-        """Learned vectors of the distance, multiplied with queries."""
-
-        distance: int = field(
-            "longest distance that has its own vector; beyond it the last one serves", gt=0, tiny=127, example=5
-        )
-        key_term: bool = field("keys score with the vector too", False)
-        scaled: bool = field("these scores are divided by sqrt(head width) like the others", True)
-
-    def __init__(self, config: Config, scope: Scope, head_dim: int) -> None:
-        super().__init__()
-        self.distance, self.key_term = config.distance, config.key_term
-        self.factor = head_dim**-0.5 if config.scaled else 1.0
-        self.table = Table(2 * config.distance + 1, head_dim)
-
-    def scores(self, q: Tensor, k: Tensor, ctx: Ctx) -> Tensor:
-        """q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S), already scaled."""
-        steps = (-slot_distance(ctx, q.shape[2])).clamp(-self.distance, self.distance) + self.distance
-        vectors = self.table(steps)  # (B|1, T, S, d)
-        asked = _with_distances("bgntd", q.unflatten(1, (k.shape[1], -1)), vectors)
-        if self.key_term:
-            asked = asked + _with_distances("bgnsd", k[:, :, None], vectors)
-        return asked.flatten(1, 2) * self.factor
-
-
-def _with_distances(axes: str, x: Tensor, vectors: Tensor) -> Tensor:
-    """x (B, G, n, T or S, d) times vectors (B|1, T, S, d) -> (B, G, n, T, S)."""
-    if vectors.shape[0] == 1:
-        return torch.einsum(f"{axes},tsd->bgnts", x, vectors[0])
-    return torch.einsum(f"{axes},btsd->bgnts", x, vectors)

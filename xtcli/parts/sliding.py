@@ -35,24 +35,21 @@ Globals = Literal["none", "first", "before-separator", "after-separator"]
 @dataclass(frozen=True)
 class Marked:
     """The global tokens: `places` (B, E), T where a row has fewer, `real` (B, E), and what the queries see of
-    them, (B, 1, 1|T, E). `whole`: it is known that no row has fewer."""
+    them, (B, 1, 1|T, E)."""
 
     places: Tensor
     real: Tensor
     seen: Tensor
-    whole: bool = False
 
     def pick(self, x: Tensor) -> Tensor:
         """x (B, ..., T, D) at the global tokens, (B, ..., E, D)."""
-        places = self.places if self.whole else self.places.clamp(max=x.shape[-2] - 1)
-        index = places.reshape(-1, *[1] * (x.dim() - 3), self.places.shape[1], 1)
+        length = x.shape[-2]
+        index = self.places.clamp(max=length - 1).reshape(-1, *[1] * (x.dim() - 3), self.places.shape[1], 1)
         return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
     def put(self, y: Tensor, found: Tensor) -> Tensor:
         """y (B, H, T, D) with `found` (B, H, E, D) in place of what stood at the global tokens."""
         index = self.places[:, None, :, None].expand_as(found)
-        if self.whole:
-            return y.scatter(2, index, found)
         # Tokens that fill up a row go to a place behind the text.
         return nn.functional.pad(y, (0, 0, 0, 1)).scatter(2, index, found)[:, :, :-1]
 
@@ -87,15 +84,14 @@ class MarkedLayout(WindowLayout):
         if found is None or not count:
             return super().lay(x, ctx, biases), None
         keys = ~found if ctx.keep is None else ctx.keep & ~found
-        slots = torch.arange(1 if first else length, device=x.device)
-        places = torch.where(found[:, : len(slots)], slots, length)
-        places = places if first else places.sort(1).values[:, :count]
+        slots = torch.arange(length, device=x.device)
+        places = torch.where(found, slots, length).sort(1).values[:, :count]
         real = places < length
         seen = real[:, None, None, :]
         if ctx.documents is not None:
             theirs = ctx.documents.expand(len(places), -1).gather(1, places.clamp(max=length - 1))
             seen = seen & (ctx.documents[:, None, :, None] == theirs[:, None, None, :])
-        marked = Marked(places, real, seen, first and ctx.keep is None)
+        marked = Marked(places, real, seen)
         if self.free and routes.suits(x):
             return self.whole(x, ctx, found.expand(x.shape[0], -1), (places, seen)), marked
         return self.band(x, ctx, biases, keys), marked
@@ -167,13 +163,15 @@ class SlidingGlobal(Near):
         q, k, v = self.queries_keys_values(x, ctx)
         if marked is None:
             return self.leave(band.attend(self.kernel, q, k, v), x, ctx)
-        aside = None
-        if isinstance(band, Band):
+        near = band.near(q) if isinstance(band, Whole) else None
+        if near is not None:
+            q, k, v = narrowed(q, k, v)
+            y = near.attend_beside(q, k, v, self.scale, self.everywhere(x, marked, ctx))
+        else:
             aside = Aside(marked.pick(k), marked.pick(v), lambda start, stop: rows(marked.seen, start, stop))
-        elif (near := band.near(q)) is not None:
-            return self.leave(near.attend(*narrowed(q, k, v), self.scale, self.everywhere(x, marked, ctx)), x, ctx)
-        y = band.attend(self.kernel, q, k, v, aside)
-        return self.leave(marked.put(y, self.everywhere(x, marked, ctx)), x, ctx)
+            y = band.attend(self.kernel, q, k, v, aside)
+            y = marked.put(y, self.everywhere(x, marked, ctx))
+        return self.leave(y, x, ctx)
 
     def everywhere(self, x: Tensor, marked: Marked, ctx: Ctx) -> Tensor:
         """What the global tokens find in the whole text, (B, H, E, D)."""
@@ -201,7 +199,7 @@ def _first_alone(
         seen, found = real[:, None, None, :], (slots == 0).expand(batch, -1)
         ctx = Ctx(positions=slots, keys=slots)
         blocks = blockmasks.around(radius, dilation, found, None, ctx, width, (places, seen))
-    return Whole(blocks), Marked(places, real, seen, True)
+    return Whole(blocks), Marked(places, real, seen)
 
 
 def rows(mask: Tensor, start: int, stop: int) -> Tensor:

@@ -29,7 +29,7 @@ KINDS: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 """What it multiplies."""
 
 BESIDE = 64
-"""Keys besides a window up to which their scores are written out."""
+"""Keys besides a window that the kernels take at most."""
 
 SHORT_WIDTH, SHORT_STEP = 64, 64
 """Width of a head, and what the tokens are a multiple of, with which short texts were measured."""
@@ -56,16 +56,19 @@ class Near:
         """Whether the kernel attends with heads of this width."""
         return width in WIDTHS and dtype in KINDS
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, found: Tensor | None = None) -> Tensor:
-        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D); found (B, H, E, D): what stands at the places of keys
-        besides."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D), where there are no keys besides."""
+        assert self.beside is None, "keys besides a window want what is found at their places"
         mine, theirs = (None, None) if self.labels is None else self.labels
-        if self.beside is not None:
-            from xtcli.fast import windowaside
-
-            return windowaside.attend(q, k, v, *self.beside, mine, theirs, self.left, self.right, scale, found)  # type: ignore[arg-type]
         y: Tensor = torch.ops.xt.attend_window(q, k, v, mine, theirs, self.left, self.right, scale)[0]
         return y
+
+    def attend_beside(self, q: Tensor, k: Tensor, v: Tensor, scale: float, found: Tensor) -> Tensor:
+        """The same with keys besides; found (B, H, E, D) is put in their places."""
+        from xtcli.fast import windowaside
+
+        assert self.beside is not None and self.labels is not None
+        return windowaside.attend(q, k, v, *self.beside, *self.labels, self.left, self.right, scale, found)
 
 
 def of_rule(

@@ -103,7 +103,7 @@ def end_kernels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Head) and module.terms is not None:
             module.terms, module.scaled = crossentropy.slab_terms, crossentropy.scaled
-            # Where only some places are asked about, rows differ from batch to batch, and each count would be a trial.
+            # Where only some places are asked about, rows differ from batch to batch; nothing was measured there.
             if cublaslt.library() is not None and not module.sparse:
                 module.slab_products = linear.PRODUCTS
             count += 1
