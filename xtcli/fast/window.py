@@ -4,7 +4,8 @@
 
 The tiles of keys that a tile of queries sees follow by arithmetic, and those at the edges of the window alone are asked
 pair by pair. Backwards, one kernel makes the slopes of queries and another those of keys and values; each makes the
-weights anew from what the forward pass keeps (Dao 2023, arXiv:2307.08691), and adds in a fixed order.
+weights anew from what the forward pass keeps (Dao 2023, arXiv:2307.08691), and adds in a fixed order. Where
+hopper/slopes.py is faster it does the work of both.
 
 Axes: B rows, H query heads, G key/value heads, T tokens, D head width, M queries and N keys of a tile. Scores are in
 units of log 2 inside the kernels, as are the logarithms that the forward pass keeps.
@@ -19,6 +20,7 @@ import triton
 from torch import Tensor
 
 from xtcli.fast import windowkernels as kernels
+from xtcli.fast.hopper import slopes as hopper
 from xtcli.fast.layout import alike, steps, whole_rows
 
 LOG2E = 1.4426950408889634
@@ -67,9 +69,13 @@ def slopes_into(
     turn: tuple[Tensor, Tensor, bool] | None = None, biased: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Write the slopes of q (B, H, T, D), k and v (B, G, T, D), those of q and k turned back by `turn`, which is cos
-    and sin (B|1, 1, T, D / 2) and whether neighbours are pairs. `biased`: their sums over tiles of tokens, float32
-    (B tiles, (H + 2 G) D)."""
+    and sin (B|1, 1, T, D / 2) and whether neighbours are pairs. `biased`: their sums over some of the tokens each,
+    float32 (N, (H + 2 G) D)."""
     dy, q, k, v = (whole_rows(x) for x in (dy, q, k, v))
+    if turn is not None:
+        turn = turn[0].contiguous(), turn[1].contiguous(), turn[2]
+    if mine is None and hopper.takes(q, k, left, right, turn):
+        return hopper.slopes_into(dq, dk, dv, dy, q, k, v, y, ends, left, right, scale, turn, biased)
     (batch, heads, length, width), groups = q.shape, k.shape[1]
     grouped = groups < heads
     (M, _, for_queries), (_, N, for_keys) = _cut(QUERIES, q), _cut(KEYS_OF_GROUPS if grouped else KEYS, q)
@@ -82,7 +88,6 @@ def slopes_into(
             raise AssertionError(f"sums of tiles of {M} queries and of {N} keys")
         sums = ends.new_empty(batch * tiles[0], (heads + 2 * groups) * width)
     cos, sin, near = turn or (ends, ends, False)
-    cos, sin = cos.contiguous(), sin.contiguous()
     deltas = torch.empty_like(ends)
     labels = _labels(mine, theirs, ends)
     by_angle = 0 if cos.shape[0] == 1 else cos.stride(0)
