@@ -24,7 +24,8 @@ from xtcli.train.device import choose
 from xtcli.train.fused import fuse_products
 from xtcli.train.job import make_job, stored_in
 from xtcli.train.joined import join_products
-from xtcli.train.optim import build_optimizer, set_rate
+from xtcli.train.optim import build_optimizer, non_finite_gradients, set_rate
+from xtcli.train.plan import Plan
 from xtcli.train.update import FastUpdate, RoundedUpdate
 from xtcli.train.working import Working
 
@@ -109,6 +110,33 @@ def test_kernels_round_as_the_plain_update_does(limit: float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", [RoundedUpdate, FastUpdate])
+def test_gradients_of_micro_batches_are_summed_in_float32(kind: Any) -> None:
+    """Hundred small ones beside a large one, which bfloat16 would lose; what is lost is forgotten with the rest."""
+    if kind is FastUpdate:
+        pytest.importorskip("triton")
+    layer = torch.nn.Linear(40, 3, bias=False).to(BF16)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    working = Working(layer, BF16)
+    change = kind(layer, optimizer, working, 1.0, 7)
+    for _ in range(2):
+        for size in (4.0, *([2.0**-7] * 100)):
+            (layer.weight.sum() * size).backward()
+        assert layer.weight.grad is None
+        change.gather()
+        total = working.gradient(layer.weight)
+        assert total is not None and total.dtype == torch.float32
+        assert torch.equal(total, torch.full((3, 40), 4.0 + 100 * 2.0**-7))
+        assert float(change.norm()) == pytest.approx((4.0 + 100 * 2.0**-7) * 120**0.5, rel=1e-6)
+        change.apply(torch.zeros(()))
+        change.clear()
+        assert working.gradient(layer.weight) is None
+    assert float(optimizer.state[layer.weight]["step"]) == 2
+    assert non_finite_gradients(layer, working.gradient) == []
+    (layer.weight.sum() * float("inf")).backward()
+    assert non_finite_gradients(layer, working.gradient) == ["weight"]
+
+
+@pytest.mark.parametrize("kind", [RoundedUpdate, FastUpdate])
 def test_updates_too_small_for_eight_bits_arrive(kind: Any) -> None:
     if kind is FastUpdate:
         pytest.importorskip("triton")
@@ -167,6 +195,19 @@ def test_forty_steps_learn_what_those_of_float32_weights_do(name: str) -> None:
     assert {tensor.dtype for tensor in narrow.held if tensor.ndim} == {BF16}
     assert wide.losses[0] - wide.losses[-1] > 1.0
     assert max(abs(a - b) for a, b in zip(wide.losses, narrow.losses, strict=True)) < 0.03
+
+
+def test_a_plan_counts_sums_of_micro_batches_in_float32() -> None:
+    changes = ["train.precision=bf16-true", "train.device=cpu"]
+
+    def plan(*more: str, free: int | None = None) -> Plan:
+        resolved = load_preset("gpt2-nano", [*changes, *more])
+        return prepare(resolved, choose(resolved.preset.train), rows=8, length=64, seed=0, free=free)[1]
+
+    whole, shares = plan(), plan("train.micro_batch=4")
+    assert (whole.gradients, shares.gradients) == (2 * whole.trained, 4 * whole.trained)
+    tight = plan(free=int(whole.peak * 0.8))
+    assert tight.micro_batch < 8 and tight.gradients == 4 * whole.trained and tight.peak <= whole.peak * 0.8
 
 
 SETTINGS = ("data=text.txt", "train.batch=4", "train.micro_batch=2", "train.context=32", "train.schedule=constant")

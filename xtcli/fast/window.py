@@ -74,7 +74,7 @@ def slopes_into(
     dy, q, k, v = (whole_rows(x) for x in (dy, q, k, v))
     if turn is not None:
         turn = turn[0].contiguous(), turn[1].contiguous(), turn[2]
-    if mine is None and hopper.takes(q, k, left, right, turn):
+    if mine is None and hopper.takes(q, k, left, right, turn, biased):
         return hopper.slopes_into(dq, dk, dv, dy, q, k, v, y, ends, left, right, scale, turn, biased)
     (batch, heads, length, width), groups = q.shape, k.shape[1]
     grouped = groups < heads

@@ -341,7 +341,7 @@ class Trainer:
                 yield lambda moved=moved, inputs=inputs: self.model.losses(inputs, moved.targets)  # type: ignore[misc]
 
         with self.working.lent(), self.place.amp():
-            fault = search(self.model, outcome, passes())
+            fault = search(self.model, outcome, passes(), self.working.gradient)
         self.run.event("non_finite", **fault.facts)
         self.view.message(fault.sentence)
 

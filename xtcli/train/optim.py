@@ -84,13 +84,10 @@ def clip(model: nn.Module, limit: float | None) -> Tensor:
     return norm
 
 
-def non_finite_gradients(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient has a NaN or infinity."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-    ]
+def non_finite_gradients(model: nn.Module, of: Callable[[Tensor], Tensor | None]) -> list[str]:
+    """Names of the parameters whose gradient, which `of` finds, has a NaN or infinity."""
+    found = ((name, of(parameter)) for name, parameter in model.named_parameters())
+    return [name for name, gradient in found if gradient is not None and not bool(torch.isfinite(gradient).all())]
 
 
 def first_non_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:

@@ -84,8 +84,14 @@ class Fault:
         )
 
 
-def search(model: nn.Module, outcome: Outcome, passes: Iterable[Callable[[], Any]]) -> Fault:
-    """Find the fault of a step whose gradients are still there; `passes` run its micro-batches forward again."""
-    gradients = non_finite_gradients(model)
+def search(
+    model: nn.Module,
+    outcome: Outcome,
+    passes: Iterable[Callable[[], Any]],
+    gradient: Callable[[Tensor], Tensor | None],
+) -> Fault:
+    """Find the fault of a step whose gradients are still there, where `gradient` finds a parameter's; `passes` run its
+    micro-batches forward again."""
+    gradients = non_finite_gradients(model, gradient)
     found = (first_non_finite(model, forward) for forward in passes)
     return Fault(outcome, next((path for path in found if path), None), gradients)

@@ -32,6 +32,8 @@ from xtcli.train.counting import Kernels
 from xtcli.train.optim import ADAMW_COPIES
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+SUMMED = torch.float32.itemsize
+"""Bytes of a gradient that several micro-batches add to."""
 COPIES = 8
 """Bytes of the float32 copies that a loss makes of each output: its own and the gradient's."""
 
@@ -168,28 +170,37 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
     kept = cost.kept(skeleton, checkpointing)
-    # A gradient is made beside the sum that it is added to.
     size = stored.itemsize
+    # A gradient is made beside the sum that it is added to.
     largest = max(
         (size * parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad), default=0
     )
     casts = parameters * dtype.itemsize if dtype.itemsize < size else 0
-    fixed = int((size * parameters + casts + size * trained * (1 + ADAMW_COPIES) + largest) * (1 + WORKSPACE))
-    rows = len(batch.ids)
-    if micro_batch is None:
-        room = max(int(free * 0.9 - fixed), 0)
+
+    def fixed(gradient: int) -> int:
+        each = size * parameters + casts + (gradient + size * ADAMW_COPIES) * trained
+        return int((each + largest) * (1 + WORKSPACE))
+
+    def fits(gradient: int) -> int:
+        room = max(int(free * 0.9 - fixed(gradient)), 0)
         if device == "cpu":
             room = min(room, CPU_ROOM)
-        fits = bisect_right(range(2, rows + 1), room, key=lambda n: int(cost.needed(n, kept) * (1 + WORKSPACE))) + 1
+        return bisect_right(range(2, rows + 1), room, key=lambda n: int(cost.needed(n, kept) * (1 + WORKSPACE))) + 1
+
+    rows = len(batch.ids)
+    if micro_batch is None:
+        most = fits(size)
+        most = most if most >= rows else min(fits(SUMMED), rows - 1)
         # Equal shares: 24 rows of which 10 fit go as 8 + 8 + 8.
-        micro_batch = -(-rows // -(-rows // fits))
+        micro_batch = -(-rows // -(-rows // most))
+    gradient = size if micro_batch >= rows else SUMMED
     return Plan(
         parameters,
         trained,
         batch.tokens,
         3 * cost.flops * rows,
         size * parameters + casts,
-        size * trained,
+        gradient * trained,
         size * trained * ADAMW_COPIES,
         cost.needed(min(micro_batch, rows), kept) + largest,
         min(micro_batch, rows),

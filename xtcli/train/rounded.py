@@ -7,7 +7,7 @@
 bfloat16 has 8 bits. An update below half of its last one, which most are, is lost by rounding to the nearest, in every
 step anew; rounded by chance it arrives on average (Gupta et al. 2015, arXiv:1502.02551; in the training of language
 models, Ozkara et al. 2025, arXiv:2502.20566). All that stands between reading and rounding is float32. Gradients are
-bfloat16 as well, those of several micro-batches in sum; their norm is float32.
+bfloat16 as well, but for those of several micro-batches, whose sum is float32, as their norm is.
 
 Chance is a hash of the run's seed, the parameter's number, its count of steps and the element's place, and no state: a
 step that is taken again rounds as it did, and the kernels of fast/adamw.py draw the same bits.
@@ -77,13 +77,14 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
 
 def step(
     weight: Tensor,
+    gradient: Tensor,
     state: dict[str, Tensor],
     group: dict[str, Any],
     key: Tensor,
     scale: Tensor | None,
     lost: Tensor | None,
 ) -> None:
-    """One parameter's step, in place: `weight` and running values bfloat16, its gradient of any type.
+    """One parameter's step, in place: `weight` and running values bfloat16, `gradient` of any type.
 
     scale: what gradients are multiplied by, if not 1. lost: a scalar that, other than 0, leaves everything as it is.
     """
@@ -94,8 +95,7 @@ def step(
     root = torch.rsqrt(-torch.expm1(after * math.log(beta2))) if beta2 else 1.0
     held = [weight, state["exp_avg"], state["exp_avg_sq"]]
     flat = [tensor.reshape(-1) for tensor in held]
-    assert weight.grad is not None
-    gradient, size = weight.grad.reshape(-1), SLICE.get(weight.device.type, LARGE)
+    gradient, size = gradient.reshape(-1), SLICE.get(weight.device.type, LARGE)
     for first in range(0, len(gradient), size):
         old = [tensor[first : first + size] for tensor in flat]
         p, m, v = (tensor.float() for tensor in old)

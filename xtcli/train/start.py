@@ -14,7 +14,6 @@ from xtcli import fast
 from xtcli.config.preset import Resolved, load_preset
 from xtcli.errors import Problem, UserError, refuse
 from xtcli.fast import cublaslt
-from xtcli.fast.hopper import build as hopper
 from xtcli.model import Model
 from xtcli.registry import tree
 from xtcli.runs import environment
@@ -179,8 +178,6 @@ def _trainer(job: Job, weights: dict[str, torch.Tensor] | None, run: Run, view: 
         view.message("Triton is not installed: PyTorch's own optimizer, loss and products run, which are slower")
     elif job.place.device.type == "cuda" and cublaslt.library() is None:
         view.message(f"none of {', '.join(cublaslt.NAMES)} is found: PyTorch's own products run, which are slower")
-    elif job.place.device.type == "cuda" and hopper.suits(job.place.device.index) and hopper.compiler() is None:
-        view.message(f"none of {', '.join(hopper.NAMES)} is found: kernels in CUDA C++ do not run, others are slower")
     return Trainer(job, model, run, view, log)
 
 

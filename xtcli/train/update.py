@@ -79,7 +79,8 @@ class RoundedUpdate(Update):
         self.total = torch.zeros((), device=device)
 
     def norm(self) -> Tensor:
-        self.total = rounded.norm_of([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+        found = (self.working.gradient(weight) for weight in self.model.parameters())
+        self.total = rounded.norm_of([gradient for gradient in found if gradient is not None])
         return self.total
 
     @torch.no_grad()
@@ -87,9 +88,10 @@ class RoundedUpdate(Update):
         scale = None if self.limit is None else (self.limit / (self.total + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None:
+                gradient = self.working.gradient(weight)
+                if gradient is not None:
                     key = self.keys[self.trained[weight]]
-                    rounded.step(weight, self.state(weight), group, key, scale, flag)
+                    rounded.step(weight, gradient, self.state(weight), group, key, scale, flag)
 
 
 class FastUpdate(Update):
@@ -151,7 +153,8 @@ class FastUpdate(Update):
         for group in self.optimizer.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
-                source = weight if copy is None or weight.grad is not None else copy
+                places = (self.working.sums.get(weight), weight, copy)
+                source = next((each for each in places if each is not None and each.grad is not None), weight)
                 if source.grad is not None:
                     if source.grad.data_ptr() % ALIGN:
                         # A part of a gradient of several, at an odd place.

@@ -8,12 +8,13 @@ weights at each use; what enters through a table starts the stream in 16 bits.
 
 A module says by name, in `products`, which of its parameters are read by products or looked up, and nothing else.
 
-Weights that are in 16 bits themselves are read as they are.
+Weights that are in 16 bits themselves are read as they are; in a step of several micro-batches their gradients are
+summed in float32 beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,10 +34,14 @@ class Working:
         self.masters: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        self.sums: dict[Tensor, Tensor] = {}
+        """By weight in 16 bits, the tensor whose `grad` is the sum of its gradients."""
         if dtype.itemsize >= 4:
             return
         if all(weight.dtype == dtype for weight in model.parameters()):
             lay_out(model)
+            if several:
+                self._sum_up(weight for weight in model.parameters() if weight.requires_grad)
             return
         made: dict[nn.Parameter, nn.Parameter] = {}
         laid = _laid_out(model, dtype)
@@ -55,6 +60,18 @@ class Working:
                         self.copies.append(copy)
                 self.places.append((module, name, master, made[master]))
 
+    def _sum_up(self, weights: Iterable[nn.Parameter]) -> None:
+        for weight in weights:
+            # As large as the weight, for a gradient must be, and no memory.
+            self.sums[weight] = total = torch.zeros((), device=weight.device).expand(weight.shape)
+            weight.register_post_accumulate_grad_hook(partial(_hand_on, total))
+
+    def gradient(self, weight: Tensor) -> Tensor | None:
+        """The gradient of a weight or of a copy, wherever it is held."""
+        masters = (master for master, copy in zip(self.masters, self.copies, strict=True) if copy is weight)
+        held = (self.sums.get(weight), weight, *masters)
+        return next((each.grad for each in held if each is not None and each.grad is not None), None)
+
     def refresh(self) -> None:
         """Round the weights anew, after they have changed."""
         if self.copies:
@@ -62,15 +79,19 @@ class Working:
                 torch._foreach_copy_(self.copies, self.masters)
 
     def hand_on(self) -> None:
-        """Give the weights the gradients that the copies still hold."""
-        held = [(master, copy) for master, copy in zip(self.masters, self.copies, strict=True) if copy.grad is not None]
-        for master, copy in held:
-            _hand_on(master, copy)
+        """Give the weights the gradients that the copies still hold, and sums those that the weights do."""
+        pairs = [
+            *zip(self.masters, self.copies, strict=True),
+            *((total, weight) for weight, total in self.sums.items()),
+        ]
+        for to, source in pairs:
+            if source.grad is not None:
+                _hand_on(to, source)
 
     def clear(self) -> None:
-        """Forget the gradients of the copies."""
-        for copy in self.copies:
-            copy.grad = None
+        """Forget the gradients of the copies, and sums."""
+        for tensor in (*self.copies, *self.sums.values()):
+            tensor.grad = None
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -110,7 +131,7 @@ def _joined(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _hand_on(master: Tensor, copy: Tensor) -> None:
-    """Add the gradient of a copy to that of its master."""
+    """Add the gradient of a copy to that of its master, or of a weight to their sum."""
     if master.grad is None:
         master.grad = copy.grad.to(master.dtype)  # type: ignore[union-attr]
     else:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -52,9 +53,10 @@ def suits(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def runs_on(device: int) -> bool:
-    """Whether the kernels run on this GPU: they are for it, and NVRTC is there to compile them."""
-    return suits(device) and compiler() is not None
+@cache
+def missed(reason: str) -> None:
+    """Tell the user, once, that kernels cannot be had."""
+    print(f"xt: kernels in CUDA C++ cannot be had, slower ones are used: {reason}", file=sys.stderr, flush=True)
 
 
 @cache

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xtcli.fast.hopper.build import Kernel, call, compiled, runs_on
+from xtcli.fast.hopper.build import Failed, Kernel, call, compiled, missed, suits
 
 LOG2E = 1.4426950408889634
 FILES = ("tiles.cuh", "window.cuh", "keeper.cuh", "maker.cuh", "slopes.cu")
@@ -63,12 +63,12 @@ def fits(q: Tensor, k: Tensor, left: int, right: int, turn: Turn | None) -> bool
     return heads and short and whole and (turn is None or turn[0].dtype in ANGLES)
 
 
-def takes(q: Tensor, k: Tensor, left: int, right: int, turn: Turn | None) -> bool:
-    """Whether the kernel fits, runs on q's device and keeps it busy."""
-    if not q.is_cuda or not fits(q, k, left, right, turn) or not runs_on(q.get_device()):
+def takes(q: Tensor, k: Tensor, left: int, right: int, turn: Turn | None, biased: bool) -> bool:
+    """Whether the kernel fits, keeps q's device busy, and is to be had there."""
+    if not q.is_cuda or not fits(q, k, left, right, turn) or not suits(q.get_device()):
         return False
     items, blocks = q.shape[0] * q.shape[1], processors(q.get_device())
-    return items >= BUSY * blocks * -(-items // blocks)
+    return items >= BUSY * blocks * -(-items // blocks) and _kernel(q, turn, biased) is not None
 
 
 @cache
@@ -92,9 +92,19 @@ def memory(length: int) -> int:
 
 
 @cache
-def kernel(device: int, length: int, turn: int, sums: bool, angle: str) -> Kernel:
-    """The kernel on a device, compiled at its first use."""
-    return Kernel(compiled(source(turn, sums, angle)), "slopes", (MAKERS + 1) * 128, memory(length))
+def kernel(device: int, length: int, turn: int, sums: bool, angle: str) -> Kernel | None:
+    """The kernel on a device, compiled at its first use; None where it cannot be had, which is said to the user."""
+    try:
+        with torch.cuda.device(device):
+            return Kernel(compiled(source(turn, sums, angle)), "slopes", (MAKERS + 1) * 128, memory(length))
+    except Failed as error:
+        missed(str(error).splitlines()[0])
+        return None
+
+
+def _kernel(q: Tensor, turn: Turn | None, biased: bool) -> Kernel | None:
+    angle = ANGLES[torch.float32 if turn is None else turn[0].dtype]
+    return kernel(q.get_device(), q.shape[2], 0 if turn is None else 2 if turn[2] else 1, biased, angle)
 
 
 @lru_cache(maxsize=4096)
@@ -127,14 +137,15 @@ def slopes_into(
     blocks = min(items, processors(device))
     scratch = ends.new_empty(blocks * length * width)
     sums = ends.new_empty(batch * 4 * MAKERS, 3 * heads * width) if biased else None
-    cos, sin, near = turn or (ends, ends, False)
+    cos, sin, _ = turn or (ends, ends, False)
     work = _Work(
         *(x.data_ptr() for x in (y, dy, ends, scratch)), 0 if sums is None else sums.data_ptr(), cos.data_ptr(),
         sin.data_ptr(), *y.stride()[:3], *dy.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0), heads, length,
         left, right, items, -(-length // (SIDE * MAKERS)), scale * LOG2E, scale,
     )  # fmt: skip
+    run = _kernel(q, turn, biased)
+    assert run is not None, "nobody asked whether it takes these"
     with torch.cuda.device(device):
-        run = kernel(device, length, 0 if turn is None else 2 if near else 1, biased, ANGLES[cos.dtype])
         stream = torch.cuda.current_stream().cuda_stream
         run(blocks, stream, *(_heads(x) for x in (q, k, v, dy, dq, dk, dv)), work)
     return sums
