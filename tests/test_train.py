@@ -185,14 +185,23 @@ def stopped(run: Path, code: int, expected: int, said: str) -> None:
 
 
 def test_ctrl_c_saves_and_prints_the_resume_command(text: Path, tmp_path: Path) -> None:
-    """In a process of its own, which is interrupted wherever it is."""
+    """In a process of its own, which is interrupted wherever it is, also where the tests run behind a shell that
+    ignores Ctrl-C."""
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "xtcli", *endless(run, text)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and '"step": 3,' not in log_of(run):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xtcli", *endless(run, text)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and '"step": 3,' not in log_of(run):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     stopped(run, process.returncode, 130, said)
 
 
