@@ -87,7 +87,7 @@ def test_non_finite_gradients_are_named() -> None:
     net = nn.Linear(1, 1)
     net.weight.grad, net.bias.grad = torch.tensor([[3.0]]), torch.tensor([float("nan")])
     assert math.isnan(clip(net, None).item())
-    assert non_finite_gradients(net) == ["bias"]
+    assert non_finite_gradients(net, lambda parameter: parameter.grad) == ["bias"]
 
 
 class Log(nn.Module):
