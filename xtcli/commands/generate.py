@@ -13,14 +13,13 @@ import typer
 from xtcli.commands.given import again, given, unused
 from xtcli.commands.options import Json, next_command
 from xtcli.commands.places import device_of
-from xtcli.commands.texts import prompts_of, second_text
+from xtcli.commands.texts import prompts_of, second_text, tokenizer_of
 from xtcli.errors import did_you_mean, refuse
 from xtcli.objectives.words import count
 
 if TYPE_CHECKING:
     import torch
 
-    from xtcli.data.tokenizers import Tokenizer
     from xtcli.generate.label import Said
     from xtcli.generate.options import Answer, Options
 
@@ -200,7 +199,7 @@ class _Generation:
         place = device_of(device)
         self.folder = model.find_checkpoint(ckpt)
         self.model = model.load_folder(self.folder, place, getattr(torch, DTYPES[dtype]) if dtype else None)
-        self.tokenizer: Any = _tokenizer(self.folder, tokenizer) if self.model.reads_text else None
+        self.tokenizer: Any = tokenizer_of(self.folder, tokenizer) if self.model.reads_text else None
         self.preset = load_preset(self.folder / RECORDED).preset
         self.sees = sees(self.model)
         self.task = "label" if labels_texts(self.model, self.preset) else task_of(self.model)
@@ -344,11 +343,3 @@ class _Generation:
 def talk(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _tokenizer(folder: Path, other: Path | None) -> Tokenizer:
-    from xtcli.data.tokenizers import Tokenizer
-
-    if other is None and not (folder / "tokenizer.json").exists():
-        raise refuse("has weights but no tokenizer", "name one with --tokenizer, or train the model", place=str(folder))
-    return Tokenizer.load(folder if other is None else other)

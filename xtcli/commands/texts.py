@@ -1,12 +1,16 @@
-"""Texts that a command line gives: words of options, files, standard input."""
+"""Texts that a command line gives, words of options, files, standard input, and the tokenizer that reads them."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtcli.errors import refuse
+
+if TYPE_CHECKING:
+    from xtcli.data.tokenizers import Tokenizer
 
 
 def prompts_of(given: list[str], files: list[Path]) -> list[str]:
@@ -47,3 +51,12 @@ def second_text(context: str | None) -> str | None:
     if context is None or "\n" in context or not os.path.isfile(context):
         return context
     return _text(Path(context).read_bytes(), context)
+
+
+def tokenizer_of(folder: Path, other: Path | None) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder, or an other one; raises UserError where there is none."""
+    from xtcli.data.tokenizers import Tokenizer
+
+    if other is None and not (folder / "tokenizer.json").exists():
+        raise refuse("has weights but no tokenizer", "name one with --tokenizer, or train the model", place=str(folder))
+    return Tokenizer.load(folder if other is None else other)

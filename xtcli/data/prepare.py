@@ -32,7 +32,7 @@ from xtcli.data.tokenizers import Bytes, File, Tokenizer, Trained
 from xtcli.data.train_tokenizer import train
 from xtcli.errors import refuse
 from xtcli.registry import Config, tree
-from xtcli.runs.folder import Damaged, clean, commit_folder, remove_folder, verify
+from xtcli.runs.folder import Damaged, cache_folder, clean, commit_folder, remove_folder, verify
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 CODE = ("readers", "special", "text", "tokenise", "tokenizers", "train_tokenizer", "unigram")
@@ -57,12 +57,12 @@ def prepare(
     """
     if data.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(data.workers)
-    cache_folder = folder_of(data)
+    caches = folder_of(data)
     source = open_source(data, columns)
     held = open_source(held_out(data), columns, key="data.validation") if isinstance(data.validation, str) else None
-    made, note = make_tokenizer(tokenizer, source, cache_folder, progress)
-    entry = make_entry(source, columns, made, cache_folder, progress)
-    validation = make_entry(held, columns, made, cache_folder, progress) if held else data.validation
+    made, note = make_tokenizer(tokenizer, source, caches, progress)
+    entry = make_entry(source, columns, made, caches, progress)
+    validation = make_entry(held, columns, made, caches, progress) if held else data.validation
     for opened, text in ((source, entry), (held, validation)):
         if opened is not None and isinstance(text, Entry) and not text.tokens:
             count = next(iter(text.header["streams"].values()))["documents"]
@@ -76,7 +76,7 @@ def prepare(
     return made, store
 
 
-def make_tokenizer(config: Config, source: Source, cache_folder: Path, progress: bool = True) -> tuple[Tokenizer, str]:
+def make_tokenizer(config: Config, source: Source, caches: Path, progress: bool = True) -> tuple[Tokenizer, str]:
     """The tokenizer of a config, learnt from the source where its kind learns, and a sentence about it."""
     if isinstance(config, File.Config):
         made = Tokenizer.load(config.path, config.special)
@@ -100,13 +100,13 @@ def make_tokenizer(config: Config, source: Source, cache_folder: Path, progress:
         verify(folder)
         return Tokenizer.load(folder)
 
-    made = _cached(cache_folder / "tokenizers" / key, lambda folder: build().save(folder), read)
+    made = _cached(caches / "tokenizers" / key, lambda folder: build().save(folder), read)
     short = "" if made.vocab >= config.vocab else f" of {config.vocab:,} asked for, the text has no more"
     return made, _note(config.kind, made, short)
 
 
 def make_entry(
-    source: Source, streams: Sequence[str], tokenizer: Tokenizer, cache_folder: Path, progress: bool = True
+    source: Source, streams: Sequence[str], tokenizer: Tokenizer, caches: Path, progress: bool = True
 ) -> Entry:
     """The tokens of a source, from the cache or made now."""
     key = key_of({"source": source.fingerprint(), "streams": list(streams), "tokenizer": tokenizer.digest})
@@ -114,7 +114,7 @@ def make_entry(
     def write(folder: Path) -> None:
         write_entry(folder, source, streams, tokenizer, lambda: Meter("tokenising", _total(source), progress))
 
-    return _cached(cache_folder / "tokens" / key, write, Entry)
+    return _cached(caches / "tokens" / key, write, Entry)
 
 
 def take_sample(source: Source, most: int, progress: bool = True) -> tuple[list[str], str]:
@@ -165,7 +165,7 @@ def code_version() -> str:
 
 def folder_of(data: DataConfig) -> Path:
     """Where caches lie."""
-    return Path(data.cache or os.environ.get("XT_CACHE") or "~/.cache/xt").expanduser()
+    return cache_folder(data.cache)
 
 
 def _cached(final: Path, write: Callable[[Path], None], read: Callable[[Path], Made]) -> Made:

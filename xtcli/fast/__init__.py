@@ -13,6 +13,11 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and _installed()
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 @cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

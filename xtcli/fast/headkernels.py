@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast import processors
 from xtcli.fast.normkernels import total
 
 
@@ -249,5 +250,4 @@ def _programs(tiles: int, chunks: int, cut: Cut, device: torch.device) -> int:
     if not cut.programs:
         # The second axis of a grid ends there.
         return min(tiles, 65535)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-    return min(tiles, -(-cut.programs * processors // chunks))
+    return min(tiles, -(-cut.programs * processors(device) // chunks))

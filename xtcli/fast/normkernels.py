@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtcli.fast import processors
+
 
 class Cut(NamedTuple):
     """How rows are cut: rows at once, columns of a piece, warps, programs for each multiprocessor (0: all rows)."""
@@ -242,11 +244,6 @@ def total(sums: Tensor, lines: int = 64, columns: int = 16, warps: int = 4) -> T
     width = out.numel()
     _total[(triton.cdiv(width, columns),)](sums, out, sums.shape[0], width, lines, columns, num_warps=warps)
     return out
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def forward_cut(width: int) -> Cut:

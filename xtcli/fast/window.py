@@ -22,8 +22,7 @@ from torch import Tensor
 from xtcli.fast import windowkernels as kernels
 from xtcli.fast.hopper import slopes as hopper
 from xtcli.fast.layout import alike, steps, whole_rows
-
-LOG2E = 1.4426950408889634
+from xtcli.parts.slides import LOG2E
 
 FORWARD = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}
 QUERIES = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from xtcli.fast import asidekernels as kernels
 from xtcli.fast import window
 from xtcli.fast.layout import alike, steps, whole_rows
-from xtcli.fast.window import LOG2E
+from xtcli.parts.slides import LOG2E
 
 QUERIES, TILES = 64, 8
 """Queries of a tile, and tiles of a program on the way back."""

@@ -54,6 +54,11 @@ class Entry:
     sha256: str
 
 
+def cache_folder(chosen: str | None = None) -> Path:
+    """Where caches lie: in `chosen`, else $XT_CACHE, else ~/.cache/xt."""
+    return Path(chosen or os.environ.get("XT_CACHE") or "~/.cache/xt").expanduser()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: afterwards, or after a crash at any moment, it is wholly old or wholly new."""
     temporary = _temporary(path)

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from xtcli.runs.folder import cache_folder
+
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 SECONDS = 120
@@ -55,7 +57,7 @@ def library() -> Any | None:
 
 def _load(compiler: str) -> ctypes.CDLL:
     name = f"{_key(compiler)}.so"
-    folder = Path(os.environ.get("XT_CACHE") or "~/.cache/xt").expanduser() / "kernels"
+    folder = cache_folder() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / f"{name}.lock", "w")  # noqa: SIM115

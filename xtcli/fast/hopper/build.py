@@ -9,10 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import os
 import sys
-import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
@@ -20,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from xtcli.errors import UserError
+from xtcli.runs.folder import cache_folder, write_atomically
 
 NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 FLAGS = ("--gpu-architecture=sm_90a", "--std=c++17")
@@ -65,31 +65,31 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def compiled(source: str, options: Sequence[str] = ()) -> bytes:
+def compiled(source: str) -> bytes:
     """Machine code of `source`, from the cache if it is there; raises Failed with the compiler's words."""
     library = compiler()
     if library is None:
         raise Failed(f"none of {', '.join(NAMES)} is installed")
     major, minor = c_int(), c_int()
     library.nvrtcVersion(byref(major), byref(minor))
-    flags = (*FLAGS, *options)
-    key = hashlib.sha256("\0".join((source, *flags, f"{major.value}.{minor.value}")).encode()).hexdigest()[:24]
-    file = Path(os.environ.get("XT_CACHE") or "~/.cache/xt").expanduser() / "kernels" / f"{key}.cubin"
+    key = hashlib.sha256("\0".join((source, *FLAGS, f"{major.value}.{minor.value}")).encode()).hexdigest()[:24]
+    file = cache_folder() / "kernels" / f"{key}.cubin"
     with suppress(OSError):
         return file.read_bytes()
-    code = _compile(library, source, flags)
-    # Without a cache it is compiled anew in each process.
-    with suppress(OSError):
-        _keep(file, code)
+    code = _compile(library, source)
+    # Without a cache, or with a full disk, it is compiled anew in each process.
+    with suppress(OSError, UserError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, code)
     return code
 
 
-def _compile(library: Any, source: str, flags: Sequence[str]) -> bytes:
+def _compile(library: Any, source: str) -> bytes:
     program, size = c_void_p(), c_size_t()
-    words = (c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    words = (c_char_p * len(FLAGS))(*(flag.encode() for flag in FLAGS))
     library.nvrtcCreateProgram(byref(program), source.encode(), b"kernels.cu", 0, None, None)
     try:
-        status = library.nvrtcCompileProgram(program, len(flags), words)
+        status = library.nvrtcCompileProgram(program, len(FLAGS), words)
         if status:
             library.nvrtcGetProgramLogSize(program, byref(size))
             log = ctypes.create_string_buffer(size.value)
@@ -101,17 +101,6 @@ def _compile(library: Any, source: str, flags: Sequence[str]) -> bytes:
         return code.raw
     finally:
         library.nvrtcDestroyProgram(byref(program))
-
-
-def _keep(file: Path, code: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(code)
-        os.replace(part, file)
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -127,10 +116,10 @@ class Kernel:
     """A function of compiled code, on the device whose context is current; `memory` is its shared memory in bytes."""
 
     def __init__(self, code: bytes, name: str, threads: int, memory: int) -> None:
-        self.code, self.threads, self.memory = code, threads, memory
-        self.module, self.function = c_void_p(), c_void_p()
-        call("cuModuleLoadData", byref(self.module), code)
-        call("cuModuleGetFunction", byref(self.function), self.module, name.encode())
+        self.threads, self.memory = threads, memory
+        module, self.function = c_void_p(), c_void_p()
+        call("cuModuleLoadData", byref(module), code)
+        call("cuModuleGetFunction", byref(self.function), module, name.encode())
         call("cuFuncSetAttribute", self.function, _MEMORY, memory)
 
     def __call__(self, blocks: int, stream: int, *arguments: Any) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from xtcli.fast import processors
 from xtcli.fast.hopper.build import Failed, Kernel, call, compiled, missed, suits
+from xtcli.parts.slides import LOG2E
 
-LOG2E = 1.4426950408889634
 FILES = ("tiles.cuh", "window.cuh", "keeper.cuh", "maker.cuh", "slopes.cu")
 
 WIDTH, SIDE, MAKERS = 64, 64, 2
@@ -67,15 +68,8 @@ def takes(q: Tensor, k: Tensor, left: int, right: int, turn: Turn | None, biased
     """Whether the kernel fits, keeps q's device busy, and is to be had there."""
     if not q.is_cuda or not fits(q, k, left, right, turn) or not suits(q.get_device()):
         return False
-    items, blocks = q.shape[0] * q.shape[1], processors(q.get_device())
+    items, blocks = q.shape[0] * q.shape[1], processors(q.device)
     return items >= BUSY * blocks * -(-items // blocks) and _kernel(q, turn, biased) is not None
-
-
-@cache
-def processors(device: int) -> int:
-    """How many multiprocessors the GPU has."""
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def source(turn: int, sums: bool, angle: str) -> str:
@@ -132,9 +126,9 @@ def slopes_into(
 
     `biased`: returns sums over tokens, float32 (8 B, 3 H D), which add up to those of all.
     """
-    (batch, heads, length, width), device = q.shape, q.get_device()
+    batch, heads, length, width = q.shape
     items = batch * heads
-    blocks = min(items, processors(device))
+    blocks = min(items, processors(q.device))
     scratch = ends.new_empty(blocks * length * width)
     sums = ends.new_empty(batch * 4 * MAKERS, 3 * heads * width) if biased else None
     cos, sin, _ = turn or (ends, ends, False)
@@ -145,7 +139,7 @@ def slopes_into(
     )  # fmt: skip
     run = _kernel(q, turn, biased)
     assert run is not None, "nobody asked whether it takes these"
-    with torch.cuda.device(device):
+    with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream().cuda_stream
         run(blocks, stream, *(_heads(x) for x in (q, k, v, dy, dq, dk, dv)), work)
     return sums
