@@ -133,13 +133,13 @@ def test_what_the_kernel_is_handed(near: bool | None, monkeypatch: pytest.Monkey
     (defined, name, threads, _), (blocks, stream, arguments) = handed
     turned = {None: 0, False: 1, True: 2}[near]
     assert defined == [f"#define TURN {turned}", "#define SUMS 1", "#define ANGLE float"]
-    assert (name, threads, blocks, stream) == ("slopes", 384, 4, 77)
+    assert (name, threads, blocks, stream) == ("slopes", 512, 4, 77)
     assert len(arguments) == 8 and [words[0] for words in described[:3]] == [x.data_ptr() for x in (q, k, v)]
     assert described[0][1:] == [64, 512, 3, 2, 9 * 64 * 2, 64 * 2, 512 * 9 * 64 * 2, 64, 64, 1, 1, 1, 1, 1, 1]
     assert described[3][1:8] == [64, 512, 3, 2, 3 * 64 * 2, 64 * 2, 512 * 3 * 64 * 2]
     work = arguments[-1]
     assert (work.o_row, work.o_head, work.o_token) == (512 * 3 * 64, 64, 3 * 64)
-    assert (work.heads, work.length, work.left, work.right, work.items, work.passes) == (3, 512, 600, 0, 6, 4)
+    assert (work.heads, work.length, work.left, work.right, work.items) == (3, 512, 600, 0, 6)
     assert near is None or work.by_angle == (0 if near else 512 * 32)
     assert work.ends == ends.data_ptr()
     assert work.scale == pytest.approx(0.125 * 1.4426950408889634) and work.slope == 0.125

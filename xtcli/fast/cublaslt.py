@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtcli.fast import counters
 from xtcli.fast.trials import Chosen, fastest
 
 PLAIN, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
@@ -111,6 +112,7 @@ class Product:
         self._set(_EPILOGUE, c_uint32(epilogue))
         self.layouts = self._layouts(m, n, k)
         self.chosen: Any = None
+        self.needs = WORKSPACE
         # The gradient of a weight sums over rows.
         self.rows = k if turn_b else n
         self.family = (m, n if turn_b else k, turn_a, turn_b, epilogue, dtype, device, onto)
@@ -133,7 +135,8 @@ class Product:
             c = d if onto is None else onto
             if self.chosen is None:
                 self.chosen = self._choose(a, b, c, d)
-            self._run(a, b, c, d, self.chosen)
+                self.needs = self._scratch(self.chosen)
+            self._run(a, b, c, d, self.chosen, self.needs)
 
     def _set(self, attribute: int, value: Any) -> None:
         _call(
@@ -149,14 +152,16 @@ class Product:
         a, b, d = (_layout(self.kind, *size) for size in sizes)
         return a, b, d
 
-    def _run(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, algorithm: Any) -> None:
-        scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device=d.device)
+    def _run(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, algorithm: Any, needs: int = WORKSPACE) -> None:
+        counted = needs <= counters.SIZE
+        scratch = None if counted else torch.empty(WORKSPACE, dtype=torch.uint8, device=d.device)
+        at = counters.counters(self.device).place() if scratch is None else scratch.data_ptr()
         for_a, for_b, for_d = self.layouts
         _call(
             "cublasLtMatmul", _handle(self.device), self.description, byref(self.one),
             c_void_p(a.data_ptr()), for_a, c_void_p(b.data_ptr()), for_b, byref(self.beta),
             c_void_p(c.data_ptr()), for_d, c_void_p(d.data_ptr()), for_d, byref(algorithm),
-            c_void_p(scratch.data_ptr()), c_size_t(WORKSPACE),
+            c_void_p(at), c_size_t(counters.SIZE if counted else WORKSPACE),
             c_void_p(torch.cuda.current_stream(d.device).cuda_stream),
         )  # fmt: skip
 
@@ -214,12 +219,16 @@ class Product:
         return [algorithm for algorithm in list(found.values())[old:] if self._fits(algorithm)]
 
     def _fits(self, algorithm: Any) -> bool:
+        return self._scratch(algorithm) <= WORKSPACE
+
+    def _scratch(self, algorithm: Any) -> int:
+        """Bytes that a kernel needs for this product; more than there are where it cannot make it."""
         a, b, d = self.layouts
         found = _Found()
         status = library().cublasLtMatmulAlgoCheck(  # type: ignore[union-attr]
             _handle(self.device), self.description, a, b, d, d, byref(algorithm), byref(found)
         )
-        return not status and not found.state and found.workspace <= WORKSPACE
+        return WORKSPACE + 1 if status or found.state else found.workspace
 
 
 def _scaled(size: int, times: float) -> int:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from xtcli.config.train import TrainConfig
 from xtcli.data.batch import Batch
+from xtcli.fast.counters import clear_at_once, counters
+from xtcli.fast.hopper.build import Failed
 from xtcli.train.transforms import compiles
 from xtcli.train.update import FastUpdate, Update
 
@@ -122,10 +124,15 @@ class Captured:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # Other threads (the loader's) may go on allocating.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses, norm = self.work(parts, counts)
+        try:
+            clear_at_once(graph.raw_cuda_graph(), counters(torch.cuda.current_device()))
+        except Failed as error:
+            self.talk(f"counters of products are cleared one by one, which is slower: {error}")
+        graph.instantiate()
         return Recorded(graph, parts, counts, losses, norm, self.change.held())
 
 

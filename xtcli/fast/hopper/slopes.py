@@ -20,12 +20,14 @@ from xtcli.fast import processors
 from xtcli.fast.hopper.build import Failed, Kernel, call, compiled, missed, suits
 from xtcli.parts.slides import LOG2E
 
-FILES = ("tiles.cuh", "window.cuh", "keeper.cuh", "maker.cuh", "slopes.cu")
+FILES = ("tiles.cuh", "window.cuh", "loader.cuh", "keeper.cuh", "maker.cuh", "slopes.cu")
 
 WIDTH, SIDE, MAKERS = 64, 64, 2
 """Width of a head; queries and keys of a tile; groups of four warps that have keys of their own."""
-STAGES = 4
-"""Tiles of queries that are under way at once."""
+GROUPS = 4
+"""Groups of four warps in all."""
+STAGES, BUFFERS = 4, 3
+"""Tiles of queries, and of slopes of weights, that are under way at once."""
 LEAST, MOST = 512, 1024
 """Tokens for which the kernel is faster than window.py's two in a step of training on an H200: from there on sums of
 the texts that are under way no longer fit in the cache."""
@@ -49,7 +51,7 @@ class _Work(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("o", "dy", "ends", "scratch", "sums", "cos", "sin")),
         *((name, c_longlong) for name in ("o_row", "o_head", "o_token", "dy_row", "dy_head", "dy_token", "by_angle")),
-        *((name, c_int) for name in ("heads", "length", "left", "right", "items", "passes")),
+        *((name, c_int) for name in ("heads", "length", "left", "right", "items")),
         *((name, c_float) for name in ("scale", "slope")),
     ]
 
@@ -81,7 +83,7 @@ def source(turn: int, sums: bool, angle: str) -> str:
 
 def memory(length: int) -> int:
     """Bytes of shared memory: tiles and room to begin them at 1,024, numbers of two texts' queries, sums of warps."""
-    tiles = 2 * 2 * MAKERS + 2 * STAGES + 2 * MAKERS
+    tiles = 2 * 2 * MAKERS + 2 * STAGES + BUFFERS * MAKERS + MAKERS
     return 1024 + tiles * SIDE * WIDTH * 2 + 2 * 2 * 4 * length + (4 * MAKERS * 2 + 4) * WIDTH * 4
 
 
@@ -90,7 +92,7 @@ def kernel(device: int, length: int, turn: int, sums: bool, angle: str) -> Kerne
     """The kernel on a device, compiled at its first use; None where it cannot be had, which is said to the user."""
     try:
         with torch.cuda.device(device):
-            return Kernel(compiled(source(turn, sums, angle)), "slopes", (MAKERS + 1) * 128, memory(length))
+            return Kernel(compiled(source(turn, sums, angle)), "slopes", GROUPS * 128, memory(length))
     except Failed as error:
         missed(str(error).splitlines()[0])
         return None
@@ -135,7 +137,7 @@ def slopes_into(
     work = _Work(
         *(x.data_ptr() for x in (y, dy, ends, scratch)), 0 if sums is None else sums.data_ptr(), cos.data_ptr(),
         sin.data_ptr(), *y.stride()[:3], *dy.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0), heads, length,
-        left, right, items, -(-length // (SIDE * MAKERS)), scale * LOG2E, scale,
+        left, right, items, scale * LOG2E, scale,
     )  # fmt: skip
     run = _kernel(q, turn, biased)
     assert run is not None, "nobody asked whether it takes these"

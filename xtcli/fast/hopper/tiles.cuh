@@ -37,16 +37,30 @@ __device__ __forceinline__ void wait(u32 barrier, u32 phase) {
         "@!done bra again;\n}" ::"r"(barrier), "r"(phase) : "memory");
 }
 
+// What the cache forgets first: what is read or written once in a while, so that sums have the room.
+__device__ __forceinline__ u64 forgotten() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ u64 remembered() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 __device__ __forceinline__ void load(const Map *map, u32 to, u32 barrier, int token, int head, int row) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
-            "r"(to), "l"(map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(row) : "memory");
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::
+            "r"(to), "l"(map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(row), "l"(forgotten()) : "memory");
 }
 
 __device__ __forceinline__ void store(const Map *map, u32 from, int token, int head, int row) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-                 "r"(from), "r"(0), "r"(token), "r"(head), "r"(row) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::
+            "l"(map), "r"(from), "r"(0), "r"(token), "r"(head), "r"(row), "l"(forgotten()) : "memory");
 }
 
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -134,10 +148,21 @@ template <bool ACROSS> __device__ __forceinline__ void put(u32 tile, const u32 (
 }
 
 // Two numbers of shared memory, read where this stands and no later.
-__device__ __forceinline__ float2 shared_pair(const float4 *from, u32 bytes) {
+__device__ __forceinline__ float2 shared_pair(u32 from) {
     float2 pair;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address(from) + bytes));
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(from));
     return pair;
+}
+
+// Four sums of global memory: begun, added to.
+__device__ __forceinline__ void begin_four(float4 *to, const float *x) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x[0]), "f"(x[1]),
+                 "f"(x[2]), "f"(x[3]), "l"(remembered()) : "memory");
+}
+
+__device__ __forceinline__ void add_four(float4 *to, const float *x) {
+    asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x[0]),
+                 "f"(x[1]), "f"(x[2]), "f"(x[3]), "l"(remembered()) : "memory");
 }
 
 __device__ __forceinline__ float wide(float x) { return x; }
