@@ -66,23 +66,32 @@ def test_few_are_tried_often() -> None:
     times = {f"k{number}": 1.0 + number for number in range(12)}
     found, kernels = choose(times, ["k0"], list(times)[1:])
     assert found == "k0"
-    once = [13] + [1] * 11
     often = [trials.TRIALS] * trials.FEW + [0] * (12 - trials.FEW)
-    assert [kernels.counted[name] for name in times] == [sum(both) for both in zip(once, often, strict=True)]
+    assert [kernels.counted[name] for name in times] == [1 + trials.LOOKS + more for more in often]
 
 
 def test_a_clock_that_drifts_is_fair_to_those_that_come_late() -> None:
-    """Each launch takes a tenth longer than the one before, until the device is warm; then the turns tell nothing new."""
     names = [f"k{number}" for number in range(9)]
     kernels = Kernels(dict.fromkeys(names, 1.0) | {"k8": 0.9})
-    heat = 1.0
 
     def clock(calls: Sequence[Callable[[], None]]) -> list[float]:
-        nonlocal heat
-        heat *= 1.1 if len(calls) == 2 else 1.0
-        return [heat * one for one in kernels.clock(calls)]
+        return [(1 + number / 50) * one for number, one in enumerate(kernels.clock(calls))]
 
     assert trials.fastest(kernels.run, names, [], lambda name: [], Refused, clock) == "k8"
+
+
+def test_a_host_that_is_late_once_costs_no_kernel_its_place() -> None:
+    names = [f"k{number}" for number in range(9)]
+    kernels = Kernels({name: 1.0 + number for number, name in enumerate(names)})
+    asked = 0
+
+    def clock(calls: Sequence[Callable[[], None]]) -> list[float]:
+        nonlocal asked
+        asked += 1
+        late = [50.0] + [0.0] * (len(calls) - 1)
+        return [one + more for one, more in zip(kernels.clock(calls), late, strict=True)]
+
+    assert trials.fastest(kernels.run, names, [], lambda name: [], Refused, clock) == "k0" and asked == 2
 
 
 def test_what_is_sure_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """The fastest of several kernels that compute the same, by trial on the device where they will run.
 
-All are timed once, in the order of what is expected of them and within a time limit, each beside the first, since the
-clock of the device drifts; the best few then in turns.
+All are launched once, in the order of what is expected of them and within a time limit, which loads them; then they are
+timed in turns, a few times all and the best of them more often, so that a device whose clock drifts is fair to all and
+a host that is late for once counts for little.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import torch
 LIMIT = 1.0
 """Seconds after which no further kernels are looked at; those that are sure to be tried are tried all the same. Most of
 it goes by while kernels are loaded for the first time."""
+LOOKS = 3
+"""How often all are timed."""
 FEW = 6
-"""How many of the best are tried again."""
+"""How many of the best are timed again."""
 VARIED = 2
 """How many of the best are tried in their variants as well."""
 TRIALS = 9
+"""How often those are."""
 
 CLOSE = 2.0
 """Products whose rows differ by this factor at most share a kernel."""
@@ -59,42 +63,33 @@ def fastest(
 
     `run` raises `refusal` for a kernel that cannot.
     """
-    clock = clock or on_gpu
     end = time.perf_counter() + LIMIT
-    known: list[tuple[float, Kernel]] = []
 
-    def calls(kernels: Sequence[Kernel]) -> list[Callable[[], None]]:
-        return [lambda chosen=kernel: run(chosen) for kernel in kernels]  # type: ignore[misc]
-
-    def best(count: int) -> list[Kernel]:
-        return [kernel for _, kernel in sorted(known, key=lambda pair: pair[0])[:count]]
-
-    def look_at(kernel: Kernel) -> None:
+    def runs(kernel: Kernel) -> bool:
         try:
-            own, first = clock(calls([kernel, known[0][1] if known else kernel]))
+            run(kernel)
         except refusal:
-            return
-        known.append((own / first, kernel))
+            return False
+        return True
 
-    for kernel in sure:
-        look_at(kernel)
-    for kernel in more:
-        if time.perf_counter() < end:
-            look_at(kernel)
-    for kernel in best(VARIED):
-        for variant in variants(kernel):
-            look_at(variant)
-    few = best(FEW)
-    if not few:
+    def best(kernels: Sequence[Kernel], often: int) -> list[Kernel]:
+        times = (clock or on_gpu)([lambda chosen=kernel: run(chosen) for kernel in [*kernels] * often])  # type: ignore[misc]
+        medians = [sorted(times[number :: len(kernels)])[often // 2] for number in range(len(kernels))]
+        return [kernels[number] for number in sorted(range(len(kernels)), key=medians.__getitem__)]
+
+    known = [kernel for kernel in sure if runs(kernel)]
+    known += [kernel for kernel in more if time.perf_counter() < end and runs(kernel)]
+    if not known:
         return None
-    times = clock(calls(few * TRIALS))
-    medians = [sorted(times[number :: len(few)])[TRIALS // 2] for number in range(len(few))]
-    return few[medians.index(min(medians))]
+    known = best(known, LOOKS)
+    varied = [other for kernel in known[:VARIED] for other in variants(kernel) if runs(other)]
+    return best([*known[:FEW], *varied], TRIALS)[0]
 
 
 def on_gpu(calls: Sequence[Callable[[], None]]) -> list[float]:
-    """Milliseconds of each of some calls that launch one kernel, which are made at once behind one more of the first:
-    the device is busy with that while the host launches, and a kernel's first launch loads it."""
+    """Milliseconds of each of some calls that launch one kernel, which are made at once behind two more of the first:
+    the device is busy with these while the host launches."""
+    calls[0]()
     calls[0]()
     pairs = []
     for call in calls:
