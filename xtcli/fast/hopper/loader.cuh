@@ -4,7 +4,9 @@
 struct Cursor {
     int number, pass, tile, end;
     Item item;
-    __device__ __forceinline__ Cursor(const Work &work) : number(blockIdx.x), item(work, blockIdx.x), pass(0) { open(); }
+    __device__ __forceinline__ Cursor(const Work &work) : number(blockIdx.x), pass(0), item(work, blockIdx.x) {
+        open();
+    }
     __device__ __forceinline__ void open() { tile = item.begin(pass), end = item.end(pass); }
     __device__ __forceinline__ void next_pass(const Work &work) {
         if (++pass == item.passes()) pass = 0, number += gridDim.x, item = Item(work, number);

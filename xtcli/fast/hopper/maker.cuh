@@ -41,7 +41,8 @@ __device__ __forceinline__ void make(const Work &work, const Shared &at, const M
         }
         for (int pass = 0, passes = item.passes(); pass < passes; ++pass) {
             const int key = pass * WIDE + maker * SIDE, begin = item.begin(pass), end = item.end(pass);
-            const u32 keys = at.keys + pair.at * KEYS + maker * TILE, following = at.keys + (pair.at ^ 1) * KEYS + maker * TILE;
+            const u32 place = at.keys + maker * TILE;
+            const u32 keys = place + pair.at * KEYS, coming = place + (pair.at ^ 1) * KEYS;
             u64 queries = described(at.stages + stage.at * 2 * TILE);
             u32 slopes_of[16] = {};
             float to_k[32] = {}, to_v[32] = {};
@@ -56,6 +57,7 @@ __device__ __forceinline__ void make(const Work &work, const Shared &at, const M
                 for (int n = 0; n < 8; ++n) known[n] = shared_pair(stat + 64 * n);
                 await_products<0>();
                 settle(x);
+                // While weights are made: their slopes, and what the tile before leaves to the keys (at first none).
                 begin_tile(change, described(keys + MAKERS * TILE), given);
                 begin_onto(to_k, slopes_of, before);
 #pragma unroll
@@ -80,7 +82,7 @@ __device__ __forceinline__ void make(const Work &work, const Shared &at, const M
                     if (turns) wait(at.ready + 8 * (pair.at ^ 1), pair.round ^ pair.at);
                     wait(at.full + 8 * stage.at, stage.round);
                 }
-                begin_tile(x, described(turns ? following : keys), described(at.stages + stage.at * 2 * TILE));
+                begin_tile(x, described(turns ? coming : keys), described(at.stages + stage.at * 2 * TILE));
                 wait(at.used + 8 * buffer.at, buffer.round ^ 1);
                 put<true>(at.between + (buffer.at * MAKERS + maker) * TILE, slopes_of, warp, lane);
                 show_to_copies();

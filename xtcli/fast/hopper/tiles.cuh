@@ -98,7 +98,7 @@ __device__ __forceinline__ void settle(float (&d)[32]) {
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
     "%24, %25, %26, %27, %28, %29, %30, %31}"
 
-// d = a b or d + a b, for 16 of what is summed over, from shared memory; TURNED where the rows of b are what is summed over.
+// d = a b or d + a b, for 16 of what is summed over, from shared memory; TURNED where that are the rows of b.
 template <int TURNED> __device__ __forceinline__ void multiply(float (&d)[32], u64 a, u64 b, int onto) {
     asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PLACES ", %32, %33, more, 1, 1, 0, %35;\n}"
