@@ -34,9 +34,10 @@ BESIDE = 64
 SHORT_WIDTH, SHORT_STEP = 64, 64
 """Width of a head, and what the tokens are a multiple of, with which short texts were measured."""
 
-PAST, PAST_OF_GROUPS, ALL = 1024, 2048, 512
-"""Tokens up to which the kernel is faster in a step of training on an H200, forward and backward together: those that
-see the past, in heads of their own or in groups that share keys, and those that see everything."""
+PAST, ALL = 1024, 1024
+PAST_OF_GROUPS, ALL_OF_GROUPS = 2048, 512
+"""Tokens up to which the kernel is faster on an H200, forward and backward together: those that see the past and those
+that see everything, in heads of their own and in groups that share keys."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> 
     (_, heads, length, width), alike = q.shape, k.shape == v.shape and k.shape[2] == q.shape[2]
     if not alike or width != SHORT_WIDTH or length % SHORT_STEP or not runs_on(q.device):
         return False
-    past = PAST if k.shape[1] == heads else PAST_OF_GROUPS
-    return length <= (past if visible.causal else ALL) and narrowed(q)[0].dtype in KINDS
+    past, everything = (PAST, ALL) if k.shape[1] == heads else (PAST_OF_GROUPS, ALL_OF_GROUPS)
+    return length <= (past if visible.causal else everything) and narrowed(q)[0].dtype in KINDS
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
