@@ -212,6 +212,23 @@ def test_settings_beside_the_file_are_kept(made: dict[str, Tokenizer], tmp_path:
     assert Tokenizer.load(tmp_path / "out").digest == again.digest
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_kept(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    made["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "{{ old }}"}))
+    template = "{% for m in messages %}<{{ m.content }}>\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    again = Tokenizer.load(tmp_path)
+    (tmp_path / "out").mkdir()
+    again.save(tmp_path / "out")
+    assert Tokenizer.load(tmp_path / "out").digest == again.digest != made["bpe"].digest
+    spoken = [{"role": "user", "content": "caf\u00e9"}]
+    for folder in (tmp_path, tmp_path / "out"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.apply_chat_template(spoken, tokenize=False) == "<caf\u00e9>\n"
+
+
 def test_roles_by_customary_names(tmp_path: Path) -> None:
     made = library.Tokenizer(library.models.WordLevel({"a": 0, "<s>": 1, "[MASK]": 2, "x": 3}, unk_token="a"))
     made.add_special_tokens(["<s>", "[MASK]"])

@@ -10,6 +10,7 @@ from typing import Any
 from xtcli.errors import refuse
 
 FILE, SETTINGS, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 CUSTOMARY = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),

@@ -2,6 +2,7 @@
 
     tokenizer.json          the library's own file: vocabulary, added tokens, template
     tokenizer_config.json   roles as "pad_token", "eos_token" ..., chat template
+    chat_template.jinja     a chat template in a file of its own; saved among the settings
 
 Sentinels are the tokens <extra_id_0>, <extra_id_1> ... of span corruption (T5).
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from xtcli.data import vocabularies
 from xtcli.data.decode import Decoder, byte_letters
-from xtcli.data.roles import CUSTOMARY, FILE, MAP, ROLES, SETTINGS, content, read_json
+from xtcli.data.roles import CUSTOMARY, FILE, MAP, ROLES, SETTINGS, TEMPLATE, content, read_json
 from xtcli.errors import refuse
 
 LIMIT = 1 << 30
@@ -65,6 +66,10 @@ def load(path: Path, special: Mapping[str, str]) -> tuple[Any, dict[str, str], d
     library.no_padding()
     library.no_truncation()
     kept = read_json(file.with_name(SETTINGS))
+    template = file.with_name(TEMPLATE)
+    if template.is_file():
+        # transformers prefers it to one among the settings.
+        kept["chat_template"] = template.read_text(encoding="utf-8")
     stated = read_json(file.with_name(MAP)) | kept
     found = {role: content(stated.get(f"{role}_token")) for role in ROLES}
     if not any(found.values()):
