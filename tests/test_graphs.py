@@ -97,6 +97,23 @@ def test_head_gives_outputs_and_a_loss_that_reaches_it(kind: str) -> None:
         torch.testing.assert_close(value, out[name])
 
 
+@pytest.mark.parametrize("kind", sorted(set(kinds("head")) - ELSEWHERE))
+@pytest.mark.parametrize("given", sorted(LABELS))
+def test_labels_that_no_head_reads_are_refused(kind: str, given: str) -> None:
+    """By the names that transformers' model of the one head takes: no loss is asked for in vain."""
+    model = make("encoder", encoder(heads={kind: example(kinds("head")[kind].Config)}))
+    unread = LABELS[given].keys() - LABELS[kind].keys()
+    if unread:
+        with pytest.raises(TypeError, match=f"{sorted(unread)[0]}.*{kind}|no input {sorted(unread)[0]}"):
+            model(input_ids=ids()[None] if kind in ("choice", "summary") else ids(), **LABELS[given])
+
+
+def test_labels_for_a_model_without_heads_are_refused() -> None:
+    for model in (make("encoder", encoder(heads={})), make("encoder-decoder", seq2seq(heads={}))):
+        with pytest.raises(TypeError, match="no head of this model reads labels; its heads: none"):
+            model(input_ids=ids(), labels=ids())
+
+
 def test_losses_of_several_heads_add_up() -> None:
     heads = {"mlm": {"output": "prediction_logits"}, "nsp": {}}
     model = make("encoder", encoder(heads=heads))

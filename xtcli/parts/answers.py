@@ -59,8 +59,8 @@ class NoAnswer(nn.Module):
 class Answers(Head):
     """Extractive question answering by beams; targets (B, 3): start, end, and 1 where there is no answer."""
 
-    label = "span"
-    more_labels = ("is_impossible",)
+    label = "start_positions"
+    more_labels = ("end_positions", "is_impossible")
     reads = ("p_mask", "cls_index")
 
     class Config(registry.Config):

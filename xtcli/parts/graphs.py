@@ -136,6 +136,11 @@ class Graph(nn.Module):
             also = f"; besides the common ones it reads {', '.join(self.accepts)}" if self.accepts else ""
             raise TypeError(f"this architecture has no input {', '.join(unread)}{also}")
 
+    @property
+    def label_names(self) -> set[str]:
+        """The names by which heads are told what is right."""
+        return {name for head in self.heads.values() for name in (head.label, *head.more_labels)}  # type: ignore[misc]
+
     def parted(self, extras: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What was given by name, as labels of heads and as inputs of parts; some are both.
 
@@ -146,7 +151,7 @@ class Graph(nn.Module):
             usual, instead = MANNERS[name]
             if given.pop(name) is not usual:
                 raise TypeError(f"{name}: only {usual} is known; {instead}")
-        wanted = {name for head in self.heads.values() for name in (head.label, *head.more_labels)}  # type: ignore[misc]
+        wanted = self.label_names
         labels = {name: value for name, value in given.items() if name in wanted}
         read = self.accepts if labels else ()
         return labels, {name: value for name, value in given.items() if name not in wanted or name in read}
@@ -163,7 +168,13 @@ class Graph(nn.Module):
     def answer(
         self, hidden: Hidden, labels: Mapping[str, Tensor | None], output_router_logits: bool | None = None
     ) -> Output:
-        """Loss and outputs of all heads, and of routers where they are wanted."""
+        """Loss and outputs of all heads, and of routers where they are wanted. Raises TypeError for labels that none of
+        them reads."""
+        unread = sorted({name for name, value in labels.items() if value is not None} - self.label_names)
+        if unread:
+            raise TypeError(
+                f"no head of this model reads {', '.join(unread)}; its heads: {', '.join(self.heads) or 'none'}"
+            )
         heads: Any = self.heads
         out = collect(heads, hidden, labels, self.causal, self.read_by)
         self.auxiliary.report(out, hidden.ledger, self, output_router_logits)

@@ -48,7 +48,8 @@ class TokenLabels(Head):
 class Span(Head):
     """Start and end of an answer: cross-entropy over the places, the mean of both ends."""
 
-    label = "span"
+    label = "start_positions"
+    more_labels = ("end_positions",)
 
     class Config(registry.Config):
         """Extractive question answering."""

@@ -67,13 +67,15 @@ class NextSentence(Head):
         super().__init__()
         self.classifier = Linear(scope.dim, 2, True, "head")
         self.output = config.output
+        if config.output == "logits":
+            self.more_labels = ("labels",)
 
     def outputs(self, hidden: Hidden) -> dict[str, Tensor]:
         return {self.output: self.classifier(pick_vector(hidden, "pooled", None))}
 
     def targets(self, labels: Labels, causal: bool) -> Tensor | None:
-        found = labels.get(self.label)
-        return labels.get("labels") if found is None and self.output == "logits" else found
+        found = (labels.get(name) for name in (self.label, *self.more_labels))
+        return next((one for one in found if one is not None), None)
 
     def loss(self, hidden: Hidden, targets: Tensor) -> Term:
         return cross_entropy(self.outputs(hidden)[self.output], targets.reshape(-1))
