@@ -15,6 +15,7 @@ which neither adds nor lets time pass; `opens` is False where a document begins,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,20 +86,42 @@ def _wkv(
     top = weights.amax(0).detach()
     shares = torch.exp(weights - top)
     ends = ((shares * values).sum(0), shares.sum(0), top)
-    begins = []
-    for aged, n, d, m in zip(old.unbind(1), *(end.unbind(1) for end in ends), strict=True):
-        begins.append(state)
-        state = joined(state, aged, n, d, m)
+
+    def carry(state: WkvState, aged: Tensor, n: Tensor, d: Tensor, m: Tensor) -> tuple[WkvState, WkvState]:
+        return state, joined(state, aged, n, d, m)
+
+    begins, state = _one_by_one(carry, state, [old.unbind(1), *(end.unbind(1) for end in ends)], state)
     now: WkvState = tuple(torch.stack(parts, 1) for parts in zip(*begins, strict=True))  # type: ignore[assignment]
-    made = []
-    steps = [None] * length if fresh is None else fresh.unbind()
-    for key, value, passed, goes_on in zip(keys.unbind(), values.unbind(), passes.unbind(), steps, strict=True):
+
+    def step(now: WkvState, key: Tensor, value: Tensor, passed: Tensor, goes_on: Tensor | None) -> tuple[Any, WkvState]:
         if goes_on is not None:
             now = (now[0], now[1], now[2].masked_fill(~goes_on, NOTHING))
         n, d, _ = joined(now, 0.0, value, 1.0, key + bonus)
-        made.append(n / d)
-        now = joined(now, passed * decay, value, 1.0, key)
+        return n / d, joined(now, passed * decay, value, 1.0, key)
+
+    steps = [None] * length if fresh is None else fresh.unbind()
+    made, _ = _one_by_one(step, now, [keys.unbind(), values.unbind(), passes.unbind(), steps], values[0])
     return whole(torch.stack(made), tokens), state
+
+
+def _one_by_one(step: Any, state: WkvState, inputs: Sequence[Sequence[Any]], like: Any) -> tuple[list[Any], WkvState]:
+    """What each step gives, one after the other, and the last state.
+
+    Where there are shapes alone, the last two stand for all, of which one begins with what another has made: the others'
+    outputs are empty tensors like `like`.
+    """
+    pieces = list(zip(*inputs, strict=True))
+    made: list[Any] = []
+    if state[0].is_meta:
+        rest, pieces = max(len(pieces) - 2, 0), pieces[-2:]
+        if isinstance(like, tuple):
+            made = list(zip(*(one.new_empty(rest, *one.shape).unbind() for one in like), strict=True))
+        else:
+            made = list(like.new_empty(rest, *like.shape).unbind())
+    for piece in pieces:
+        out, state = step(state, *piece)
+        made.append(out)
+    return made, state
 
 
 def joined(state: WkvState, aged: Any, n: Any, d: Any, m: Tensor) -> WkvState:
