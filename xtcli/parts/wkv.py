@@ -107,8 +107,8 @@ def _wkv(
 def _one_by_one(step: Any, state: WkvState, inputs: Sequence[Sequence[Any]], like: Any) -> tuple[list[Any], WkvState]:
     """What each step gives, one after the other, and the last state.
 
-    Where there are shapes alone, the last two stand for all, of which one begins with what another has made: the others'
-    outputs are empty tensors like `like`.
+    Where there are shapes alone, the last two stand for all, of which one begins with what another has made; the
+    outputs of the others are empty tensors like `like`.
     """
     pieces = list(zip(*inputs, strict=True))
     made: list[Any] = []
