@@ -113,11 +113,11 @@ def test_places_come_in_turn_and_come_around(places: Counters) -> None:
 
 
 def test_clearings_become_one_at_the_beginning(driver: Driver, places: Counters) -> None:
-    one, two = places.place(), places.place()
+    _, one, _, two = (places.place() for _ in range(4))
     norm, _, up, _, down = chain(driver, [None, (one, 4), None, (two, 4), None])
     assert clear_at_once(1, places) == 2
     (first,) = (node for node, does in driver.does.items() if does is not None)
-    assert driver.does[first] == (places.memory.data_ptr(), SIZE * PLACES)
+    assert driver.does[first] == (one, two + SIZE - one)
     assert driver.waits == {first: set(), norm: {first}, up: {norm}, down: {up}}
 
 

@@ -63,7 +63,7 @@ def counters(device: int) -> Counters:
 
 
 def clear_at_once(graph: int, places: Counters) -> int:
-    """Let a graph that is not yet instantiated clear all places at its beginning, and not one by one; returns how many.
+    """Let a graph that is not yet instantiated clear its places at its beginning, and not one by one; returns how many.
 
     Raises Failed of hopper/build.py where the driver refuses to tell of the graph, and leaves it as it was.
     """
@@ -79,7 +79,9 @@ def clear_at_once(graph: int, places: Counters) -> int:
     known = {behind: set(_list(_BEFORE, behind)) for _, all_behind in around.values() for behind in all_behind}
     roots = [node for node in _list("cuGraphGetRootNodes", graph) if node not in found]
     first, context = c_void_p(), c_void_p()
-    whole = _Cleared(places.memory.data_ptr(), 0, 0, 1, places.memory.numel(), 1)
+    # No more than from the first to the last of them: others may be in use elsewhere.
+    begin, end = min(found.values()), max(found.values()) + SIZE
+    whole = _Cleared(begin, 0, 0, 1, end - begin, 1)
     call("cuCtxGetCurrent", byref(context))
     call("cuGraphAddMemsetNode", byref(first), c_void_p(graph), None, c_size_t(0), byref(whole), context)
     start = int(first.value or 0)
