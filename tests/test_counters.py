@@ -11,6 +11,7 @@ import torch
 
 from xtcli.fast import counters
 from xtcli.fast.counters import PLACES, SIZE, Counters, clear_at_once
+from xtcli.fast.hopper.build import Failed
 
 KERNEL, MEMSET = 0, 2
 
@@ -30,7 +31,7 @@ class Driver:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         if name == self.refuses:
-            raise counters_failed(name)
+            raise Failed(name)
         getattr(self, name)(*arguments)
 
     def _list(self, nodes: Iterable[int], into: Any, count: Any) -> None:
@@ -77,12 +78,6 @@ class Driver:
         before, behind = one._obj.value, two._obj.value
         assert before in self.does and before not in self.waits[behind], "an edge comes twice"
         self.waits[behind].add(before)
-
-
-def counters_failed(name: str) -> Exception:
-    from xtcli.fast.hopper.build import Failed
-
-    return Failed(name)
 
 
 @pytest.fixture
@@ -147,10 +142,40 @@ def test_other_clearings_stay(driver: Driver, places: Counters, kept: str) -> No
 
 
 @pytest.mark.parametrize("asked", ["cuGraphGetNodes", "cuGraphNodeGetDependencies", "cuGraphNodeGetDependentNodes"])
-def test_a_driver_that_refuses_leaves_the_graph(driver: Driver, places: Counters, asked: str) -> None:
+def test_a_driver_that_tells_nothing_leaves_the_graph(driver: Driver, places: Counters, asked: str) -> None:
     chain(driver, [None, (places.place(), 4), None])
     before = {node: set(waits) for node, waits in driver.waits.items()}
     driver.refuses = asked
-    with pytest.raises(Exception, match=asked):
+    with pytest.raises(Failed, match=asked):
         clear_at_once(1, places)
     assert driver.waits == before
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_graph_is_right_wherever_the_driver_stops(
+    driver: Driver, places: Counters, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels run in their order, and each product behind a clearing of its place."""
+    at = [places.place(), places.place()]
+    norm, _, up, _, down = chain(driver, [None, (at[0], 4), None, (at[1], 4), None])
+    changes = ("cuGraphAddMemsetNode", "cuGraphAddDependencies", "cuGraphDestroyNode")
+    made = 0
+
+    def call(name: str, *arguments: Any) -> None:
+        nonlocal made
+        made += name in changes
+        if made > steps:
+            raise Failed(name)
+        driver(name, *arguments)
+
+    def behind(node: int) -> set[int]:
+        return driver.waits[node].union(*(behind(other) for other in driver.waits[node]))
+
+    monkeypatch.setattr(counters, "call", call)
+    # One clearing is added, three times one waits for another, two clearings go.
+    with pytest.raises(Failed, match=r"cuGraph(Add|Destroy)"):
+        clear_at_once(1, places)
+    assert norm in behind(up) and up in behind(down)
+    for product, place in ((up, at[0]), (down, at[1])):
+        cleared = [driver.does[node] for node in behind(product) if driver.does[node] is not None]
+        assert any(start <= place < start + size for start, size in cleared if size)  # type: ignore[misc]

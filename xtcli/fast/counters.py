@@ -65,7 +65,8 @@ def counters(device: int) -> Counters:
 def clear_at_once(graph: int, places: Counters) -> int:
     """Let a graph that is not yet instantiated clear its places at its beginning, and not one by one; returns how many.
 
-    Raises Failed of hopper/build.py where the driver refuses to tell of the graph, and leaves it as it was.
+    Raises Failed of hopper/build.py where the driver refuses. The graph is a right one at every point: who waits for a
+    clearing waits for all that it did before the clearing goes.
     """
     found: dict[int, int] = {}
     for node in _list("cuGraphGetNodes", graph):
@@ -87,13 +88,14 @@ def clear_at_once(graph: int, places: Counters) -> int:
     start = int(first.value or 0)
     for root in roots:
         _join(graph, start, root)
-    for node, (before, all_behind) in around.items():
-        call("cuGraphDestroyNode", c_void_p(node))
+    for before, all_behind in around.values():
         for behind in all_behind:
             for one in before or [start]:
                 if one not in known[behind]:
                     known[behind].add(one)
                     _join(graph, one, behind)
+    for node in found:
+        call("cuGraphDestroyNode", c_void_p(node))
     return len(found)
 
 

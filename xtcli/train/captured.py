@@ -129,7 +129,7 @@ class Captured:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses, norm = self.work(parts, counts)
         try:
-            clear_at_once(graph.raw_cuda_graph(), counters(torch.cuda.current_device()))
+            clear_at_once(graph.raw_cuda_graph(), counters(self.device.index))
         except Failed as error:
             self.talk(f"counters of products are cleared one by one, which is slower: {error}")
         graph.instantiate()

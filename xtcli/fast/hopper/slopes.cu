@@ -1,6 +1,5 @@
 // Slopes of queries, keys and values of attention in a window, for heads of 64 numbers. slopes.py launches; the
-// specification is fast/window.py. The other files stand in front of this one, and before them TURN, SUMS and
-// ANGLE.
+// specification is fast/window.py. The other files stand in front of this one, and before them TURN, SUMS and ANGLE.
 //
 //   block   one row and head, an item, at a time; four groups of four warps
 //   pass    128 keys, 64 a maker, and in turn all tiles of 64 queries that see them
