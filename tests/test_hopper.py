@@ -158,7 +158,16 @@ def given(batch: int, heads: int, length: int) -> tuple[Tensor, Tensor, Tensor, 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "right"),
-    [(33, 12, 1024, 0), (3, 5, 512, 0), (12, 12, 512, 512), (1, 1, 576, 0), (40, 10, 640, 640), (5, 30, 960, 0)],
+    [
+        (33, 12, 1024, 0),
+        (3, 5, 512, 0),
+        (12, 12, 512, 512),
+        (1, 1, 576, 0),
+        (40, 10, 640, 640),
+        # Passes of one tile between others.
+        (5, 30, 960, 0),
+        (47, 9, 704, 0),
+    ],
 )
 def test_slopes_are_those_of_the_two_kernels(
     batch: int, heads: int, length: int, right: int, turn: bool | None, biased: bool, monkeypatch: pytest.MonkeyPatch

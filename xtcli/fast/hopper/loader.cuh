@@ -58,17 +58,16 @@ struct Loader {
         Ring<2> left;
         bool first = true;
         for (; !now.ended(work); buffer.next()) {
-            const bool opened = now.tile == now.item.begin(now.pass);
-            // All makers are past the tile before, and where a pass has begun, past what the last one left.
-            wait(at.made + 8 * buffer.at, buffer.round);
-            queries(ahead);
-            if (opened && !first) {
+            if (now.tile == now.item.begin(now.pass) && !first) {
                 wait(at.past + 8 * left.at, left.round);
                 left.next();
                 following = now;
                 following.next_pass(work);
                 keys(following);
             }
+            // All makers are past the tile before.
+            wait(at.made + 8 * buffer.at, buffer.round);
+            queries(ahead);
             first = false;
             now.next(work);
         }

@@ -76,6 +76,13 @@ __device__ __forceinline__ void make(const Work &work, const Shared &at, const M
 #pragma unroll
                 for (int i = 0; i < 32; ++i) x[i] *= change[i] - (i & 1 ? known[i / 4].y : known[i / 4].x);
                 narrow(x, slopes_of);
+                // What the pass before has left is read, and so its keys' and values' places are this maker's no more. Said
+                // before anything of the next pass is waited for: this tile may be the pass' only one.
+                if (tile == begin && own == 0) {
+                    await_reads();
+                    if (number > 0 || pass > 0) arrive(at.past + 8 * (pair.at ^ 1));
+                }
+                __syncwarp();
                 // The next tile's scores are made while slopes are handed over; behind the last one they are of no use.
                 stage.next();
                 if (!turns || pass + 1 < passes || next < work.items) {
@@ -86,7 +93,6 @@ __device__ __forceinline__ void make(const Work &work, const Shared &at, const M
                 wait(at.used + 8 * buffer.at, buffer.round ^ 1);
                 put<true>(at.between + (buffer.at * MAKERS + maker) * TILE, slopes_of, warp, lane);
                 show_to_copies();
-                if (tile == begin && own == 0) await_reads();
                 __syncwarp();
                 if (lane == 0) arrive(at.made + 8 * buffer.at);
                 buffer.next();

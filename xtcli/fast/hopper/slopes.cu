@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         for (int buffer = 0; buffer < 2; ++buffer) {
             begin_barrier(at.ready + 8 * buffer, 1);
-            begin_barrier(at.past + 8 * buffer, 4);
+            begin_barrier(at.past + 8 * buffer, 4 + MAKERS);
         }
         begin_barrier(at.begun, 4 * MAKERS);
         begin_barrier(at.told, 3);
