@@ -24,7 +24,6 @@ from xtcli.model import Model, build, construct, save_model
 from xtcli.parts import scans
 from xtcli.parts import wkv as wkvs
 from xtcli.registry import find
-from xtcli.train.counting import Alive
 
 MAMBA: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "use_cache": False}
 RWKV: dict[str, Any] = MAMBA | {"context_length": 64, "num_hidden_layers": 3}
@@ -89,35 +88,6 @@ def test_wkv_is_the_loop(length: int, documents: bool, padding: bool, size: floa
     for ours, loop in zip(run(wkvs.wkv), run(wkvs.wkv_steps), strict=True):
         assert bool(ours.isfinite().all())
         torch.testing.assert_close(ours, loop, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("length", [1, 2, 17, 300])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_wkv_of_shapes_takes_the_memory_of_the_loop(
-    length: int, documents: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the meta device two steps stand for all: shapes and the peak of bytes are those of every step."""
-
-    def every(step: Any, state: Any, inputs: Any, like: Any) -> tuple[list[Any], Any]:
-        made = []
-        for piece in zip(*inputs, strict=True):
-            out, state = step(state, *piece)
-            made.append(out)
-        return made, state
-
-    def peak() -> tuple[int, int, list[torch.Size]]:
-        k, v = (torch.empty(2, length, 6, device="meta", requires_grad=grad) for _ in range(2))
-        decay, bonus = torch.empty(6, device="meta"), torch.empty(6, device="meta")
-        opens = torch.empty(2, length, dtype=torch.bool, device="meta") if documents else None
-        state = wkvs.no_wkv(2, 6, "meta")
-        with torch.set_grad_enabled(grad), Alive([k, v, decay, bonus, *state]) as alive:
-            y, after = wkvs.wkv(k, v, decay, bonus, state, None, opens)
-        return alive.peak, alive.now, [one.shape for one in (y, *after)]
-
-    found = peak()
-    monkeypatch.setattr(wkvs, "_one_by_one", every)
-    assert found == peak() and found[2][0] == (2, length, 6)
 
 
 def reference(name: str, options: dict[str, Any], seed: int = 0) -> Any:

@@ -39,13 +39,64 @@ def taps_of(weight: Tensor, log_keep: Tensor, count: int) -> Tensor:
 
 def convolved(x: Tensor, ahead: Tensor, back: Tensor | None = None) -> Tensor:
     """y_t = sum over l of ahead_l x_(t-l) + back_l x_(t+l); x (B, C, T), kernels (C, L) -> (B, C, T)."""
-    tokens = x.shape[-1]
-    size = tokens + ahead.shape[-1]
+    y: Tensor = _convolved(x, ahead, back)
+    return y
+
+
+def _spectra(x: Tensor, ahead: Tensor, back: Tensor | None) -> tuple[int, Tensor, Tensor]:
+    """The size of a transform in which no end meets the other, and the transforms of x and of both kernels together."""
+    size = x.shape[-1] + ahead.shape[-1]
     spectrum = torch.fft.rfft(ahead, n=size)
     if back is not None:
-        spectrum = spectrum + torch.fft.rfft(back, n=size).conj()
-    y: Tensor = torch.fft.irfft(torch.fft.rfft(x, n=size) * spectrum, n=size)
-    return y[..., :tokens]
+        spectrum = spectrum + torch.conj_physical(torch.fft.rfft(back, n=size))
+    return size, torch.fft.rfft(x, n=size), spectrum
+
+
+# One operator each way: the compiler makes no code for complex numbers. Conjugates are written out, since a compiled
+# program passes over those that are only noted.
+@torch.library.custom_op("xt::convolved", mutates_args=())
+def _convolved(x: Tensor, ahead: Tensor, back: Tensor | None) -> Tensor:
+    size, of_x, spectrum = _spectra(x, ahead, back)
+    y: Tensor = torch.fft.irfft(of_x * spectrum, n=size)[..., : x.shape[-1]].contiguous()
+    return y
+
+
+@torch.library.custom_op("xt::convolved_backward", mutates_args=())
+def _convolved_backward(dy: Tensor, x: Tensor, ahead: Tensor, back: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of both kernels, which are those of a convolution turned around."""
+    size, of_x, spectrum = _spectra(x, ahead, back)
+    of_dy = torch.fft.rfft(dy, n=size)
+    dx = torch.fft.irfft(of_dy * torch.conj_physical(spectrum), n=size)[..., : x.shape[-1]].contiguous()
+    met = (of_dy * torch.conj_physical(of_x)).sum(0)
+    taps = ahead.shape[-1]
+    for_ahead = torch.fft.irfft(met, n=size)[..., :taps].contiguous()
+    for_back = (
+        dx.new_empty(0) if back is None else torch.fft.irfft(torch.conj_physical(met), n=size)[..., :taps].contiguous()
+    )
+    return dx, for_ahead, for_back
+
+
+@_convolved.register_fake
+def _(x: Tensor, ahead: Tensor, back: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_convolved_backward.register_fake
+def _(dy: Tensor, x: Tensor, ahead: Tensor, back: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), ahead.new_empty(ahead.shape), ahead.new_empty((0,) if back is None else back.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _slopes(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, ahead, back = ctx.saved_tensors
+    dx, for_ahead, for_back = _convolved_backward(dy, x, ahead, back)
+    return dx, for_ahead, None if back is None else for_back
+
+
+_convolved.register_autograd(_slopes, setup_context=_keep)
 
 
 def ema_steps(

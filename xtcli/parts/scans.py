@@ -109,7 +109,7 @@ def scan(
         state = states[-1, :, -1].clone()
         made.append(torch.matmul(states, chunks.c[:, :, at, :, None])[..., 0])
         all_begins.append(begins)
-    return whole(torch.cat(made, 2), chunks.tokens).contiguous(), state, torch.cat(all_begins, 1)
+    return whole(torch.cat(made, 2), chunks.tokens).contiguous(), state.contiguous(), torch.cat(all_begins, 1)
 
 
 def _run(keeps: Tensor, adds: Tensor, begins: Tensor) -> None:
@@ -136,7 +136,7 @@ def scan_backward(
     chunks = _Chunks(x, step, b, c, decay, opens)
     dy = chunked(dy, chunks.length)
     dx, dstep, db, dc = (torch.empty_like(value) for value in (chunks.x, chunks.step, chunks.b, chunks.c))
-    ddecay, after = torch.zeros_like(decay), dlast.clone()
+    ddecay, after = decay.new_zeros(decay.shape), dlast.clone()
     for at in reversed(chunks.pieces()):
         keeps, states, held = chunks.keeps(at), chunks.adds(at), chunks.held(at)
         _run(keeps, states, begins[:, at])
@@ -167,7 +167,7 @@ def scan_backward(
         dx[:, :, at] = dstep_x * chunks.step[:, :, at]
         dstep[:, :, at] = dstates.mul_(decay).sum(-1).addcmul_(dstep_x, chunks.x[:, :, at])
     made = [whole(value, chunks.tokens).contiguous() for value in (dx, dstep, db, dc)]
-    return made[0], made[1], made[2], made[3], ddecay, after
+    return made[0], made[1], made[2], made[3], ddecay, after.contiguous()
 
 
 @scan.register_fake
@@ -175,7 +175,7 @@ def _(
     x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (x.shape[1] + LENGTH - 1) // LENGTH
-    return torch.empty_like(x), torch.empty_like(state), x.new_empty(x.shape[0], chunks, *decay.shape)
+    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape[0], chunks, *decay.shape)
 
 
 @scan_backward.register_fake
@@ -190,7 +190,7 @@ def _(
     begins: Tensor,
     opens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = [torch.empty_like(value) for value in (x, step, b, c, decay, dlast)]
+    made = [value.new_empty(value.shape) for value in (x, step, b, c, decay, dlast)]
     return made[0], made[1], made[2], made[3], made[4], made[5]
 
 

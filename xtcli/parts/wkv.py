@@ -5,23 +5,26 @@
 
 T is cut into chunks of L ~ sqrt(T). Each chunk's end is found as if it began with nothing, the ends are carried from
 chunk to chunk, then all chunks run at once from where they truly begin. The largest exponent so far is taken out of n
-and d, so nothing overflows, however large the keys. Memory is linear in T: in training the backward pass computes the
-chunks again. `wkv_steps` is the same in a plain loop over time, which the tests hold against this.
+and d, so nothing overflows, however large the keys. The backward pass is the same recurrence from the end to the
+beginning, of the gradients of n and d, which have their own exponent; it computes the states between again, so that
+training keeps nothing but what goes in. On a GPU both are kernels (fast/wkvkernels.py). `wkv_steps` is a plain loop
+over time, which the tests hold against these.
 
 Axes: B rows, T tokens, L tokens of a chunk, K chunks, C channels. `real` (B, T) is False where a token is padding,
-which neither adds nor lets time pass; `opens` is False where a document begins, which remembers nothing.
+which neither adds nor lets time pass, and whose y is 0; `opens` is False where a document begins, which remembers
+nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from xtcli.fast import runs_on
 
 NOTHING = -1e38
 """The logarithm of nothing, still finite so that differences of it are."""
@@ -44,6 +47,19 @@ def whole(y: Tensor, tokens: int) -> Tensor:
     return y.movedim(0, 2).flatten(1, 2)[:, :tokens]
 
 
+def joined(state: WkvState, aged: Any, n: Any, d: Any, m: Tensor) -> WkvState:
+    """A state that has aged by e^aged, and another of weight e^m, in one; the largest exponent is taken out."""
+    before = state[2] + aged
+    top = torch.maximum(before, m).detach()
+    one, other = torch.exp(before - top), torch.exp(m - top)
+    return one * state[0] + other * n, one * state[1] + other * d, top
+
+
+def forgotten(state: WkvState, goes_on: Tensor) -> WkvState:
+    """The state where a text goes on, nothing elsewhere."""
+    return state[0], state[1], state[2].masked_fill(~goes_on, NOTHING)
+
+
 def wkv(
     k: Tensor,
     v: Tensor,
@@ -54,82 +70,225 @@ def wkv(
     opens: Tensor | None = None,
 ) -> tuple[Tensor, WkvState]:
     """k, v (B, T, C), decay w below 0 and bonus u (C,) -> y (B, T, C), last state. Float32 or wider."""
-    given = (k, v, real, opens, decay, bonus, state)
-    if torch.is_grad_enabled() and k.shape[1] > 1:
-        return checkpoint(_wkv, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-    return _wkv(*given)
+    if k.shape[1] == 1 and not torch.is_grad_enabled():
+        return wkv_steps(k, v, decay, bonus, state, real, opens)
+    y, *last = _wkv(k, v, decay, bonus, *state, real, opens)
+    return y, (last[0], last[1], last[2])
 
 
+class _Chunks:
+    """The inputs by chunks: (L, B, K, C), of which those of tokens alone (L, B, K, 1)."""
+
+    def __init__(self, k: Tensor, v: Tensor, decay: Tensor, real: Tensor | None, opens: Tensor | None) -> None:
+        tokens = k.shape[1]
+        self.length, self.decay = math.isqrt(max(tokens - 1, 0)) + 1, decay
+        there = torch.ones_like(k[..., :1], dtype=torch.bool) if real is None else real[..., None]
+        self.there = chunked(there.to(k.dtype), self.length).bool()
+        self.keys = chunked(k.masked_fill(~there, NOTHING), self.length, NOTHING)
+        self.values = chunked(v, self.length)
+        self.goes_on = None if opens is None else chunked(opens[..., None].to(k.dtype), self.length, 1.0).bool()
+        time = self.there.to(k.dtype)
+        self.before, self.after = time.cumsum(0) - time, time.sum(0) - time.cumsum(0)
+        self.old = time.sum(0) * decay  # (B, K, C), by how much a whole chunk ages
+        if self.goes_on is not None:
+            self.old = self.old.masked_fill(~self.goes_on.all(0), NOTHING)
+
+    def begins(self, state: WkvState) -> tuple[list[WkvState], WkvState]:
+        """The state before each chunk, and the last one."""
+        weights = self.keys + self.after * self.decay
+        if self.goes_on is not None:
+            begun = (~self.goes_on).flip(0).cumsum(0).flip(0)
+            later = torch.cat((begun[1:], torch.zeros_like(begun[:1]))) > 0
+            weights = weights.masked_fill(later, NOTHING)
+        top = weights.amax(0)
+        shares = torch.exp(weights - top)
+        return self.carried(state, (shares * self.values).sum(0), shares.sum(0), top, range(self.old.shape[1]))
+
+    def carried(self, state: WkvState, n: Tensor, d: Tensor, m: Tensor, order: Any) -> tuple[list[WkvState], WkvState]:
+        """What each chunk is given in that order, of what each makes of nothing (B, K, C), and what the last leaves."""
+        given = []
+        for at in order:
+            given.append(state)
+            state = joined(state, self.old[:, at], n[:, at], d[:, at], m[:, at])
+        return given, state
+
+    def step(self, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the tokens at one place of all chunks: k, v and by how much they age."""
+        return self.keys[at], self.values[at], self.there[at] * self.decay
+
+    def opened(self, state: WkvState, at: int) -> WkvState:
+        """What the tokens at one place of all chunks see of the state before them."""
+        return state if self.goes_on is None else forgotten(state, self.goes_on[at])
+
+
+def _side_by_side(states: list[WkvState]) -> WkvState:
+    """K states (B, C) as one (B, K, C)."""
+    n, d, m = (torch.stack(parts, 1) for parts in zip(*states, strict=True))
+    return n, d, m
+
+
+@torch.library.custom_op("xt::wkv", mutates_args=())
 def _wkv(
     k: Tensor,
     v: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    n: Tensor,
+    d: Tensor,
+    m: Tensor,
     real: Tensor | None,
     opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, C) and the last state."""
+    if runs_on(k.device) and k.dtype == torch.float32:
+        from xtcli.fast import wkvkernels
+
+        return wkvkernels.forward(k, v, decay, bonus, (n, d, m), real, opens)
+    return forward(k, v, decay, bonus, (n, d, m), real, opens)
+
+
+def forward(
+    k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, state: WkvState, real: Tensor | None, opens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, C) and the last state, in plain PyTorch."""
+    chunks = _Chunks(k, v, decay, real, opens)
+    begins, last = chunks.begins(state)
+    now, made = _side_by_side(begins), []
+    for at in range(chunks.length):
+        key, value, aged = chunks.step(at)
+        now = chunks.opened(now, at)
+        n, d, _ = joined(now, 0.0, value, 1.0, key + bonus)
+        made.append((n / d).masked_fill(~chunks.there[at], 0.0))
+        now = joined(now, aged, value, 1.0, key)
+    n, d, m = (one.clone(memory_format=torch.contiguous_format) for one in last)
+    return whole(torch.stack(made), k.shape[1]).contiguous(), n, d, m
+
+
+@_wkv.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    n: Tensor,
+    d: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return k.new_empty(k.shape), n.new_empty(n.shape), n.new_empty(n.shape), n.new_empty(n.shape)
+
+
+@torch.library.custom_op("xt::wkv_backward", mutates_args=())
+def _wkv_backward(
+    dy: Tensor,
+    dn: Tensor,
+    dd: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    n: Tensor,
+    d: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, w, u and the first n and d; dn, dd (B, C) are those of the last ones."""
+    if runs_on(k.device) and k.dtype == torch.float32:
+        from xtcli.fast import wkvkernels
+
+        return wkvkernels.backward(dy, dn, dd, k, v, decay, bonus, (n, d, m), real, opens)
+    return backward(dy, dn, dd, k, v, decay, bonus, (n, d, m), real, opens)
+
+
+def backward(
+    dy: Tensor,
+    dn: Tensor,
+    dd: Tensor,
+    k: Tensor,
+    v: Tensor,
     decay: Tensor,
     bonus: Tensor,
     state: WkvState,
-) -> tuple[Tensor, WkvState]:
-    tokens = k.shape[1]
-    length = math.isqrt(max(tokens - 1, 0)) + 1
-    there = torch.ones_like(k[..., 0], dtype=torch.bool) if real is None else real
-    keys = chunked(k.masked_fill(~there[..., None], NOTHING), length, NOTHING)  # (L, B, K, C)
-    values, passes = chunked(v, length), chunked(there.to(k.dtype)[..., None], length)
-    ages = (passes.sum(0) - passes.cumsum(0)) * decay  # of what each token adds, at the chunk's end
-    old = passes.sum(0) * decay
-    weights = keys + ages
-    fresh = None if opens is None else chunked(opens[..., None], length, 1.0).bool()
-    if fresh is not None:
-        begun = (~fresh).flip(0).cumsum(0).flip(0)
-        later = torch.cat((begun[1:], torch.zeros_like(begun[:1]))) > 0
-        weights = weights.masked_fill(later, NOTHING)
-        old = old.masked_fill(begun[0] > 0, NOTHING)
-    top = weights.amax(0).detach()
-    shares = torch.exp(weights - top)
-    ends = ((shares * values).sum(0), shares.sum(0), top)
+    real: Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, w, u and the first n and d, in plain PyTorch.
 
-    def carry(state: WkvState, aged: Tensor, n: Tensor, d: Tensor, m: Tensor) -> tuple[WkvState, WkvState]:
-        return state, joined(state, aged, n, d, m)
-
-    begins, state = _one_by_one(carry, state, [old.unbind(1), *(end.unbind(1) for end in ends)], state)
-    now: WkvState = tuple(torch.stack(parts, 1) for parts in zip(*begins, strict=True))  # type: ignore[assignment]
-
-    def step(now: WkvState, key: Tensor, value: Tensor, passed: Tensor, goes_on: Tensor | None) -> tuple[Any, WkvState]:
-        if goes_on is not None:
-            now = (now[0], now[1], now[2].masked_fill(~goes_on, NOTHING))
-        n, d, _ = joined(now, 0.0, value, 1.0, key + bonus)
-        return n / d, joined(now, passed * decay, value, 1.0, key)
-
-    steps = [None] * length if fresh is None else fresh.unbind()
-    made, _ = _one_by_one(step, now, [keys.unbind(), values.unbind(), passes.unbind(), steps], values[0])
-    return whole(torch.stack(made), tokens), state
-
-
-def _one_by_one(step: Any, state: WkvState, inputs: Sequence[Sequence[Any]], like: Any) -> tuple[list[Any], WkvState]:
-    """What each step gives, one after the other, and the last state.
-
-    Where there are shapes alone, the last two stand for all, of which one begins with what another has made; the
-    outputs of the others are empty tensors like `like`.
+    Of y_t's numerator and denominator they are a_t e^-o_t and -a_t y_t e^-o_t, with o_t their exponent; those of n and
+    d are sums of these, which age as n and d do, and have the exponent g.
     """
-    pieces = list(zip(*inputs, strict=True))
-    made: list[Any] = []
-    if state[0].is_meta:
-        rest, pieces = max(len(pieces) - 2, 0), pieces[-2:]
-        if isinstance(like, tuple):
-            made = list(zip(*(one.new_empty(rest, *one.shape).unbind() for one in like), strict=True))
-        else:
-            made = list(like.new_empty(rest, *like.shape).unbind())
-    for piece in pieces:
-        out, state = step(state, *piece)
-        made.append(out)
-    return made, state
+    chunks = _Chunks(k, v, decay, real, opens)
+    dys = chunked(dy, chunks.length)
+    begins, last = chunks.begins(state)
+    now = _side_by_side(begins)
+    states, ons, offs, exponents = [], [], [], []
+    for at in range(chunks.length):
+        key, value, aged = chunks.step(at)
+        now = chunks.opened(now, at)
+        states.append(now)
+        top, bottom, exponent = joined(now, 0.0, value, 1.0, key + bonus)
+        ons.append((dys[at] / bottom).masked_fill(~chunks.there[at], 0.0))
+        offs.append(-ons[-1] * top / bottom)
+        exponents.append((-exponent).masked_fill(~chunks.there[at], NOTHING))
+        now = joined(now, aged, value, 1.0, key)
+    weights = torch.stack(exponents) + chunks.before * decay
+    if chunks.goes_on is not None:
+        weights = weights.masked_fill((~chunks.goes_on).cumsum(0) > 0, NOTHING)
+    largest = weights.amax(0)
+    shares = torch.exp(weights - largest)
+    local = (shares * torch.stack(ons)).sum(0), (shares * torch.stack(offs)).sum(0), largest
+    order = range(chunks.old.shape[1])
+    ends, first = chunks.carried((dn, dd, -last[2]), *local, reversed(order))
+    after = _side_by_side(ends[::-1])
+    dk, dv = torch.empty_like(chunks.keys), torch.empty_like(chunks.values)
+    ddecay, dbonus = torch.zeros_like(now[0]), torch.zeros_like(now[0])
+    for at in reversed(range(chunks.length)):
+        key, value, aged = chunks.step(at)
+        n, d, m = states[at]
+        self_weight, weight = torch.exp(key + bonus + exponents[at]), torch.exp(key + after[2])
+        here = self_weight * (value * ons[at] + offs[at])
+        dk[at] = here + weight * (value * after[0] + after[1])
+        dv[at] = self_weight * ons[at] + weight * after[0]
+        dbonus += here
+        ddecay += torch.exp(m + aged + after[2]) * (n * after[0] + d * after[1]) * chunks.there[at]
+        after = chunks.opened(joined(after, aged, ons[at], offs[at], exponents[at]), at)
+    tokens, scale = k.shape[1], torch.exp(first[2] + state[2])
+    dk, dv = (whole(value, tokens).contiguous() for value in (dk, dv))
+    dn, dd = (first[0] * scale).contiguous(), (first[1] * scale).contiguous()
+    return dk, dv, ddecay.sum((0, 1)), dbonus.sum((0, 1)), dn, dd
 
 
-def joined(state: WkvState, aged: Any, n: Any, d: Any, m: Tensor) -> WkvState:
-    """A state that has aged by e^aged, and another of weight e^m, in one; the largest exponent is taken out."""
-    before = state[2] + aged
-    top = torch.maximum(before, m).detach()
-    one, other = torch.exp(before - top), torch.exp(m - top)
-    return one * state[0] + other * n, one * state[1] + other * d, top
+@_wkv_backward.register_fake
+def _(
+    dy: Tensor,
+    dn: Tensor,
+    dd: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    n: Tensor,
+    d: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = [value.new_empty(value.shape) for value in (k, v, decay, bonus, n, d)]
+    return made[0], made[1], made[2], made[3], made[4], made[5]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(*inputs)
+
+
+def _slopes(ctx: Any, dy: Tensor, dn: Tensor, dd: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_wkv_backward(dy, dn, dd, *ctx.saved_tensors), None, None, None
+
+
+_wkv.register_autograd(_slopes, setup_context=_keep)
 
 
 def wkv_steps(
@@ -146,12 +305,14 @@ def wkv_steps(
     for t in range(k.shape[1]):
         key, value = k[:, t], v[:, t]
         if opens is not None:
-            state = (state[0], state[1], state[2].masked_fill(~opens[:, t, None], NOTHING))
+            state = forgotten(state, opens[:, t, None])
         n, d, _ = joined(state, 0.0, value, 1.0, key + bonus)
-        made.append(n / d)
-        after = joined(state, decay, value, 1.0, key)
+        y, after = n / d, joined(state, decay, value, 1.0, key)
         if real is not None:
-            after = tuple(torch.where(real[:, t, None], a, b) for a, b in zip(after, state, strict=True))  # type: ignore[assignment]
+            there = real[:, t, None]
+            y = y.masked_fill(~there, 0.0)
+            after = tuple(torch.where(there, a, b) for a, b in zip(after, state, strict=True))  # type: ignore[assignment]
+        made.append(y)
         state = after
     return torch.stack(made, 1), state
 
