@@ -83,3 +83,28 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_on() -> None:
         assert float(passes(parts, {"lm": 2})[0]["lm"]) == pytest.approx(exact(parts, 2))
     (sentence,) = passes.said
     assert sentence.endswith("a pass waits for the GPU") and not passes.graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recording_that_breaks_off_harms_nothing() -> None:
+    """What was recorded before is replayed, random numbers are drawn on, and as without it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    said: list[str] = []
+    stream = torch.cuda.current_stream()
+
+    def work(parts: Any, counts: Any) -> tuple[dict[str, Tensor], Tensor]:
+        drawn = torch.nn.functional.dropout(torch.ones(64, device=device))
+        if breaks and len(parts[0].ids) == 3 and torch.cuda.is_current_stream_capturing():
+            drawn.sum().item()
+        return {"lm": drawn.sum() / counts["lm"]}, drawn[0]
+
+    found = []
+    for breaks in (False, True):
+        torch.cuda.manual_seed(0)
+        change: Any = SimpleNamespace(clear=lambda: None, take=lambda held: None, held=lambda: None)
+        passes = Captured(work, change, device, said.append)
+        rows = [2] * (USUAL + 2) + [3] * (USUAL + 2) + [2] * 3
+        found.append([float(passes([batch(count, 0)], {"lm": 1})[0]["lm"]) for count in rows])
+        assert len(passes.graphs) == 2 - breaks and passes.off == breaks
+    assert found[0] == found[1] and len(said) == 1
+    assert torch.cuda.current_stream() == stream

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS = 64, 32
+TOKENS, CHANNELS = 64, 16
 """Of a tile."""
 
 NOTHING = tl.constexpr(-1e38)

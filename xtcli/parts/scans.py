@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from xtcli.fast import runs_on
 from xtcli.parts.wkv import chunked, whole
 
 LENGTH = 32
@@ -92,6 +93,17 @@ def scan(
     x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, C), the last state, and the state before each chunk (B, K, C, N)."""
+    if runs_on(x.device) and x.dtype == torch.float32:
+        from xtcli.fast import scankernels
+
+        return scankernels.forward(x, step, b, c, decay, state, opens, LENGTH)
+    return forward(x, step, b, c, decay, state, opens)
+
+
+def forward(
+    x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, C), the last state, and the state before each chunk (B, K, C, N), in plain PyTorch."""
     chunks = _Chunks(x, step, b, c, decay, opens)
     made, all_begins, state = [], [], state.clone()
     for at in chunks.pieces():
@@ -133,6 +145,25 @@ def scan_backward(
     opens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, step, b, c, decay and the first state."""
+    if runs_on(x.device) and x.dtype == torch.float32:
+        from xtcli.fast import scankernels
+
+        return scankernels.backward(dy, dlast, x, step, b, c, decay, begins, opens, LENGTH)
+    return backward(dy, dlast, x, step, b, c, decay, begins, opens)
+
+
+def backward(
+    dy: Tensor,
+    dlast: Tensor,
+    x: Tensor,
+    step: Tensor,
+    b: Tensor,
+    c: Tensor,
+    decay: Tensor,
+    begins: Tensor,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, step, b, c, decay and the first state, in plain PyTorch."""
     chunks = _Chunks(x, step, b, c, decay, opens)
     dy = chunked(dy, chunks.length)
     dx, dstep, db, dc = (torch.empty_like(value) for value in (chunks.x, chunks.step, chunks.b, chunks.c))

@@ -95,6 +95,7 @@ class Captured:
             except RuntimeError as error:
                 # Out of memory among them: the graph keeps its own.
                 reason = str(error).splitlines()[0]
+                end_recording(self.device)
                 torch.cuda.empty_cache()
         self.change.clear()
         if reason is not None:
@@ -125,8 +126,11 @@ class Captured:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # Other threads (the loader's) may go on allocating.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # Other threads (the loader's) may go on allocating; a recording that breaks off would keep its stream.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+        ):
             losses, norm = self.work(parts, counts)
         try:
             clear_at_once(graph.raw_cuda_graph(), counters(self.device.index))
@@ -134,6 +138,15 @@ class Captured:
             self.talk(f"counters of products are cleared one by one, which is slower: {error}")
         graph.instantiate()
         return Recorded(graph, parts, counts, losses, norm, self.change.held())
+
+
+def end_recording(device: torch.device) -> None:
+    """Let random numbers be drawn again where a recording broke off.
+
+    Their generator would wait for its end for ever, and refuse each draw; the end of another one is as good.
+    """
+    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device=device)
 
 
 def captured(
