@@ -7,7 +7,7 @@ waits for the device where it writes a line of its log and nowhere else, as in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, cast
@@ -19,15 +19,19 @@ from torch import Tensor
 from xtcli.config.preset import Resolved
 from xtcli.data.batch import IGNORE, Batch
 from xtcli.errors import Problem, UserError, refuse
-from xtcli.inspect.cost import usual_length
+from xtcli.inspect.cost import places_of, usual_length
 from xtcli.model import Model, skeleton
+from xtcli.parts.continuous import ContinuousOutput
 from xtcli.parts.graphs import Graph
 from xtcli.parts.heads import SPEAKING
+from xtcli.parts.pooled import SequenceLabels
 from xtcli.train.device import Place
 from xtcli.train.job import Job, complete, with_weights
 from xtcli.train.loop import Trainer
 from xtcli.train.plan import Plan, make_plan
 from xtcli.train.transforms import ready
+
+Array = np.ndarray[Any, Any]
 
 ENDLESS = 10**9
 MASKED = 0.15
@@ -90,27 +94,55 @@ class Bench:
 
 
 def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:
-    """Random tokens and what each head must say of them; raises UserError for a head that answers about more."""
+    """Random tokens, or images and vectors where a model reads those, and what each head must say of them.
+
+    Raises UserError for a head that answers about more.
+    """
     rng = np.random.default_rng(seed)
     accepted = signature(model.hidden).parameters
-    ids = rng.integers(0, model.vocab, (rows, length))
-    inputs = {"input_ids": ids}
-    if "decoder_input_ids" in accepted:
-        answer = rng.integers(0, model.vocab, (rows, length))
-        start = model.config.start if model.config.start is not None else model.config.pad or 0
-        inputs["decoder_input_ids"] = np.concatenate([np.full((rows, 1), start), answer[:, :-1]], 1)
-        following = answer
-    else:
+    blanks = model.blank(rows, length)
+    inputs = {name: _normal(rng, blank.shape) for name, blank in blanks.items() if blank.is_floating_point()}
+    lengths = (places_of(model) or length) if inputs else 0
+    following = None
+    if not inputs:
+        inputs = {"input_ids": rng.integers(0, model.vocab, (rows, length))}
+        ids, lengths = inputs["input_ids"], length
         following = np.concatenate([ids[:, 1:], np.full((rows, 1), IGNORE)], 1)
-    masked = np.where(rng.random((rows, length)) < MASKED, ids, IGNORE)
-    masked[:, 0] = ids[:, 0]
-    spoken = dict.fromkeys(SPEAKING, following if model.causal else masked)
-    known = {**spoken, "mlm": masked, "nsp": rng.integers(0, 2, (rows,))}
-    targets = {name: known[name] for name in model.heads if name in known}
+    if "decoder_input_ids" in accepted:
+        following = rng.integers(0, model.vocab, (rows, length))
+        start = model.config.start if model.config.start is not None else model.config.pad or 0
+        inputs["decoder_input_ids"] = np.concatenate([np.full((rows, 1), start), following[:, :-1]], 1)
+        lengths += length
+    targets = _answers(model, inputs.get("input_ids"), following, rng, (rows, length))
     if not targets:
         have = ", ".join(model.heads) or "none"
         raise refuse(f"random tokens have no answers for the model's heads ({have})", "give it a head lm or mlm")
-    return Batch.of(inputs, targets, range(rows), [length * len(inputs)] * rows)
+    return Batch.of(inputs, targets, range(rows), [lengths] * rows)
+
+
+def _answers(
+    model: Graph, ids: Array | None, following: Array | None, rng: np.random.Generator, size: tuple[int, int]
+) -> dict[str, Array]:
+    """What the heads must say: of the words that follow, of masked ones, of each text or place."""
+    known: dict[str, Array] = {}
+    if following is not None:
+        known |= dict.fromkeys(SPEAKING, following)
+    if ids is not None:
+        masked = np.where(rng.random(size) < MASKED, ids, IGNORE)
+        masked[:, 0] = ids[:, 0]
+        known |= {"mlm": masked, "nsp": rng.integers(0, 2, size[:1])}
+        if not model.causal and "decoder_input_ids" not in signature(model.hidden).parameters:
+            known |= dict.fromkeys(SPEAKING, masked)
+    for name, head in model.heads.items():
+        if isinstance(head, SequenceLabels) and head.problem in (None, "one") and len(head.classifier.weight) > 1:
+            known[name] = rng.integers(0, len(head.classifier.weight), size[:1])
+        elif isinstance(head, ContinuousOutput):
+            known[name] = _normal(rng, (*size, head.width))
+    return {name: known[name] for name in model.heads if name in known}
+
+
+def _normal(rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    return rng.standard_normal(shape).astype(np.float32)
 
 
 def prepare(

@@ -97,6 +97,7 @@ class ContinuousOutput(Head):
 
     def __init__(self, config: Config, scope: Scope) -> None:
         super().__init__()
+        self.width = config.width or scope.dim
         self.project = None if config.width is None else Linear(scope.dim, config.width, config.bias, "head")
         self.shift = config.shift
 
