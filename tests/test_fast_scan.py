@@ -20,6 +20,7 @@ def test_kernels(tokens: int, width: int, states: int, documents: bool, monkeypa
     monkeypatch.setattr(plain, "LENGTH", 8)
     monkeypatch.setattr(scankernels, "CHANNELS", 4)
     monkeypatch.setattr(scankernels, "CHANNELS_BACK", 4)
+    monkeypatch.setattr(scankernels, "PIECE", 4)
     x, step = (drawn(2, width, tokens, seed=seed).transpose(1, 2) for seed in (1, 2))
     b, c = (drawn(2, states, tokens, seed=seed).transpose(1, 2) for seed in (3, 4))
     decay, state = -drawn(width, states, seed=5).exp(), drawn(2, width, states, seed=6)

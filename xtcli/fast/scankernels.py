@@ -2,8 +2,8 @@
 
 A program has a row and some channels, and takes the text chunk by chunk. Within a chunk the states of all tokens are
 made at once: a token is a number by which it multiplies a state and what it adds, and two tokens are one such pair.
-The backward pass goes from the last chunk to the first, with the state before each, and gradients of states made alike.
-Gradients of b and c are summed over channels: each program leaves a part.
+The backward pass goes from the last chunk to the first, with the state before each, and makes gradients of states alike
+from the last token of a chunk; the states themselves wait in memory meanwhile, to be read from the last one. Gradients of b and c are summed over channels: each program leaves a part.
 
 Axes: L tokens of a chunk, C channels of a program, N states, a power of two, of which the last may be padding.
 """
@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS, CHANNELS_BACK = 8, 16
+CHANNELS, CHANNELS_BACK = 8, 8
 """Of a program."""
+PIECE = 16
+"""Tokens that the backward pass takes at once."""
 
 
 @triton.jit
@@ -88,9 +90,9 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    dy, dlast, x, step, b, c, decay, begins, opens, dx, dstep, db, dc, ddecay, dstate, tokens, chunks,
+    dy, dlast, x, step, b, c, decay, begins, opens, scratch, dx, dstep, db, dc, ddecay, dstate, tokens, chunks,
     WIDTH: tl.constexpr, STATES: tl.constexpr, OPENS: tl.constexpr, LENGTH: tl.constexpr, CHANNELS: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tokens
@@ -102,40 +104,51 @@ def _backward(  # type: ignore[no-untyped-def]
     a = tl.load(decay + own, mask=inside, other=0.0)
     after = tl.load(dlast + batch * WIDTH * STATES + own, mask=inside, other=0.0)
     for_decay = tl.zeros((CHANNELS, PADDED), tl.float32)
+    place = tl.arange(0, PIECE)
+    held = scratch + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + batch) * LENGTH * CHANNELS * PADDED
+    held += tl.arange(0, CHANNELS)[None, :, None] * PADDED + s[None, None, :]
     for turn in range(chunks):
-        chunk = chunks - 1 - turn
-        now = tl.load(begins + (batch * chunks + chunk) * WIDTH * STATES + own, mask=inside, other=0.0)
-        t = chunk * LENGTH + tl.arange(0, LENGTH)
-        # The states before each token, of the tokens before it in the chunk.
-        before = tl.where(tl.arange(0, LENGTH) > 0, t - 1, -1)
-        steps, keep = _token(step, opens, row, before, tokens, k, a, WIDTH, OPENS)
-        given = _of_channels(x, row, before, tokens, k, WIDTH)
-        add = (steps * given)[:, :, None] * _of_states(b, row, before, tokens, s, STATES)[:, None, :]
-        kept, added = tl.associative_scan((keep, add), 0, _then)
-        states = kept * now[None, :, :] + added
-        # Gradients of the states after each token: of its own y, and of what the next token keeps.
-        slopes = _of_channels(dy, row, t, tokens, k, WIDTH)
-        seen = _of_states(c, row, t, tokens, s, STATES)
-        _, keep = _token(step, opens, row, t + 1, tokens, k, a, WIDTH, OPENS)
-        kept, added = tl.associative_scan((keep, slopes[:, :, None] * seen[:, None, :]), 0, _then, reverse=True)
-        d = kept * after[None, :, :] + added
-        steps, keep = _token(step, opens, row, t, tokens, k, a, WIDTH, OPENS)
-        given = _of_channels(x, row, t, tokens, k, WIDTH)
-        weight = _of_states(b, row, t, tokens, s, STATES)
-        states = keep * states
-        there = (t < tokens)[:, None] & (s < STATES)[None, :]
-        to = (part + t)[:, None] * STATES + s[None, :]
-        tl.store(db + to, tl.sum((steps * given)[:, :, None] * d, 1), mask=there)
-        after_token = states + (steps * given)[:, :, None] * weight[:, None, :]
-        tl.store(dc + to, tl.sum(slopes[:, :, None] * after_token, 1), mask=there)
-        states = states * d
-        for_decay += tl.sum(states * steps[:, :, None], 0)
-        of_both = tl.sum(d * weight[:, None, :], 2)
-        there = (t < tokens)[:, None] & (k < WIDTH)[None, :]
-        to = (row + t)[:, None] * WIDTH + k[None, :]
-        tl.store(dx + to, of_both * steps, mask=there)
-        tl.store(dstep + to, of_both * given + tl.sum(states * a[None, :, :], 2), mask=there)
-        after = _one(d, 0, LENGTH)
+        begin = (chunks - 1 - turn) * LENGTH
+        now = tl.load(begins + (batch * chunks + chunks - 1 - turn) * WIDTH * STATES + own, mask=inside, other=0.0)
+        # The states before each token, piece by piece.
+        for piece in range(LENGTH // PIECE):
+            at = piece * PIECE + place
+            t = begin + at
+            steps, keep = _token(step, opens, row, t, tokens, k, a, WIDTH, OPENS)
+            given = _of_channels(x, row, t, tokens, k, WIDTH)
+            add = (steps * given)[:, :, None] * _of_states(b, row, t, tokens, s, STATES)[:, None, :]
+            kept, added = tl.associative_scan((keep, add), 0, _then)
+            states = kept * now[None, :, :] + added
+            tl.store(held + at[:, None, None] * (CHANNELS * PADDED), states)
+            now = _one(states, PIECE - 1, PIECE)
+        tl.debug_barrier()
+        # From the last token to the first: gradients of the states after each, of its own y and of what the next keeps.
+        for piece in range(LENGTH // PIECE):
+            at = LENGTH - 1 - piece * PIECE - place
+            t = begin + at
+            slopes = _of_channels(dy, row, t, tokens, k, WIDTH)
+            seen = _of_states(c, row, t, tokens, s, STATES)
+            _, keep = _token(step, opens, row, t + 1, tokens, k, a, WIDTH, OPENS)
+            kept, added = tl.associative_scan((keep, slopes[:, :, None] * seen[:, None, :]), 0, _then)
+            d = kept * after[None, :, :] + added
+            after = _one(d, PIECE - 1, PIECE)
+            to = (part + t)[:, None] * STATES + s[None, :]
+            there = (t < tokens)[:, None] & (s < STATES)[None, :]
+            states = tl.load(held + at[:, None, None] * (CHANNELS * PADDED))
+            tl.store(dc + to, tl.sum(slopes[:, :, None] * states, 1), mask=there)
+            steps = _of_channels(step, row, t, tokens, k, WIDTH)
+            given = _of_channels(x, row, t, tokens, k, WIDTH)
+            tl.store(db + to, tl.sum((steps * given)[:, :, None] * d, 1), mask=there)
+            weight = _of_states(b, row, t, tokens, s, STATES)
+            # What is left of the state before the token: the state after it but for what the token adds.
+            states = (states - (steps * given)[:, :, None] * weight[:, None, :]) * d
+            for_decay += tl.sum(states * steps[:, :, None], 0)
+            of_both = tl.sum(d * weight[:, None, :], 2)
+            there = (t < tokens)[:, None] & (k < WIDTH)[None, :]
+            to = (row + t)[:, None] * WIDTH + k[None, :]
+            tl.store(dx + to, of_both * steps, mask=there)
+            tl.store(dstep + to, of_both * given + tl.sum(states * a[None, :, :], 2), mask=there)
+        tl.debug_barrier()
     _, keep = _token(step, opens, row, tl.arange(0, LENGTH), tokens, k, a, WIDTH, OPENS)
     tl.store(dstate + batch * WIDTH * STATES + own, after * _one(keep, 0, LENGTH), mask=inside)
     tl.store(ddecay + batch * WIDTH * STATES + own, for_decay, mask=inside)
@@ -168,10 +181,11 @@ def backward(
     blocks = triton.cdiv(width, CHANNELS_BACK)
     dx, dstep, dstate = (x.new_empty(one.shape) for one in (x, step, dlast))
     db, dc = (x.new_empty(blocks, batch, tokens, states) for _ in range(2))
-    ddecay = x.new_empty(batch, width, states)
+    ddecay, padded = x.new_empty(batch, width, states), triton.next_power_of_2(states)
+    scratch = x.new_empty(blocks * batch * length * CHANNELS_BACK * padded)
     _backward[(blocks, batch)](
-        *given, opens, dx, dstep, db, dc, ddecay, dstate, tokens, begins.shape[1], WIDTH=width, STATES=states,
-        OPENS=opens is not None, LENGTH=length, CHANNELS=CHANNELS_BACK, PADDED=triton.next_power_of_2(states),
-        num_warps=8,
+        *given, opens, scratch, dx, dstep, db, dc, ddecay, dstate, tokens, begins.shape[1], WIDTH=width,
+        STATES=states, OPENS=opens is not None, LENGTH=length, CHANNELS=CHANNELS_BACK, PADDED=padded,
+        PIECE=min(PIECE, length),
     )  # fmt: skip
     return dx, dstep, db.sum(0), dc.sum(0), ddecay.sum(0), dstate
