@@ -2,8 +2,9 @@
 
 A program has a row and some channels, and takes the text chunk by chunk. Within a chunk the states of all tokens are
 made at once: a token is a number by which it multiplies a state and what it adds, and two tokens are one such pair.
-The backward pass goes from the last chunk to the first, with the state before each, and makes gradients of states alike
-from the last token of a chunk; the states themselves wait in memory meanwhile, to be read from the last one. Gradients of b and c are summed over channels: each program leaves a part.
+The backward pass goes from the last chunk to the first: the states of a chunk are made again and wait in memory, and
+gradients of states are made alike, from the last token to the first. Gradients of b and c are summed over channels:
+each program leaves a part.
 
 Axes: L tokens of a chunk, C channels of a program, N states, a power of two, of which the last may be padding.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 
 CHANNELS, CHANNELS_BACK = 8, 8
 """Of a program."""
-PIECE = 16
-"""Tokens that the backward pass takes at once."""
+PIECE, REGISTERS = 16, 168
+"""Tokens that the backward pass takes at once, and the most registers of a thread, so that three programs fit."""
 
 
 @triton.jit
@@ -186,6 +187,6 @@ def backward(
     _backward[(blocks, batch)](
         *given, opens, scratch, dx, dstep, db, dc, ddecay, dstate, tokens, begins.shape[1], WIDTH=width,
         STATES=states, OPENS=opens is not None, LENGTH=length, CHANNELS=CHANNELS_BACK, PADDED=padded,
-        PIECE=min(PIECE, length),
+        PIECE=min(PIECE, length), maxnreg=REGISTERS,
     )  # fmt: skip
     return dx, dstep, db.sum(0), dc.sum(0), ddecay.sum(0), dstate
