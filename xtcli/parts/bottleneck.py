@@ -110,7 +110,7 @@ class Trigram(Factorised):
         super().__init__(config, scope, shares)
         if scope.causal:
             raise Impossible("", "neighbours on both sides: it sees both ways", "use it in an encoder")
-        self.project = Linear(3 * config.width, scope.dim, config.project_bias)
+        self.project = Linear(3 * self.width, scope.dim, config.project_bias)
 
     def read(self, ids: Tensor | None, vectors: Tensor | None, ctx: Ctx) -> Tensor:
         if ctx.documents is not None:

@@ -243,7 +243,7 @@ class Factorised(Tokens):
     class Config(Tokens.Config):
         """Token, position and segment embeddings in a width of their own, projected to dim."""
 
-        width: int = field("width of the token table's rows", gt=0, tiny=32, example=64)
+        width: int | None = field("width of the token table's rows; null = dim", None, gt=0, tiny=32, example=64)
         project_after: Literal["tokens", "sum", "norm", "dropout"] = field(
             "the step behind which the projection stands: token vectors, positions and segments, norm, dropout",
             "dropout",
@@ -252,14 +252,15 @@ class Factorised(Tokens):
 
     def __init__(self, config: Config, scope: Scope, shares: bool = False) -> None:
         stage = STAGES.index(config.project_after)
-        narrow = scope.at("", dim=config.width)
+        width = config.width or scope.dim
+        narrow = scope.at("", dim=width)
         super().__init__(config, narrow, shares, narrow if stage > 0 else scope, narrow if stage > 1 else scope)
-        if shares and config.width != (scope.table or scope.dim):
-            raise Impossible("width", f"is {config.width}, the shared token table's is {scope.table or scope.dim}")
+        if shares and width != (scope.table or scope.dim):
+            raise Impossible("width", f"is {width}, the shared token table's is {scope.table or scope.dim}")
         if stage == 0 and self.segments_read_tokens:
             raise Impossible("segments", "'tokens' adds rows of the token table, which are projected before the sum")
-        self.width, self.stage = config.width, stage
-        self.project = Linear(config.width, scope.dim, config.project_bias)
+        self.width, self.stage = width, stage
+        self.project = Linear(width, scope.dim, config.project_bias)
 
     def forward(self, ids: Tensor | None, vectors: Tensor | None, segments: Tensor | None, ctx: Ctx) -> Tensor:
         """ids (B, T) or vectors (B, T, E); segments (B, T) or None for segment 0 -> (B, T, D)."""

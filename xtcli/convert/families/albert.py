@@ -26,6 +26,7 @@ from xtcli.registry import Config
 
 CONTEXT = Key("max_position_embeddings", int, 512)
 DROPOUT = Key("hidden_dropout_prob", float, 0.0)
+WIDTH = Key("embedding_size", int, 128)
 ACT = Key("hidden_act", str, "gelu_new", code=activation("gelu_new"))
 POSITIONS = Key("position_embedding_type", str, "absolute")
 DISTANCE = Key("max_position_embeddings", int, 512, code=Code(lambda value: value - 1, lambda value: value + 1))
@@ -35,6 +36,10 @@ LABEL_DROPOUT = Key("classifier_dropout_prob", float, 0.1)
 
 def _relative(key_term: bool) -> dict[str, Any]:
     return {"kind": "shaw", "distance": DISTANCE, "key_term": key_term, "scaled": False}
+
+
+def _write_width(value: Any, found: dict[str, Any]) -> None:
+    found["embedding_size"] = value or found["hidden_size"]
 
 
 def _template(form: Form) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def _template(form: Form) -> dict[str, Any]:
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
         "embed": {
             "kind": "factorised",
-            "width": Key("embedding_size", int, 128),
+            "width": Custom(WIDTH.load, _write_width),
             "positions": Switch(
                 POSITIONS,
                 {
@@ -198,7 +203,11 @@ def _ties(config: Any, prefix: str) -> Mapping[str, str]:
 
 def _dead(config: Any) -> Shapes:
     absolute = config.embed.positions.kind == "learned"
-    return {} if absolute else {"embeddings.position_embeddings.weight": (config.context, config.embed.width)}
+    return (
+        {}
+        if absolute
+        else {"embeddings.position_embeddings.weight": (config.context, config.embed.width or config.dim)}
+    )
 
 
 ALBERT = Family(

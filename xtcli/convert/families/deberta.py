@@ -127,7 +127,7 @@ class Version:
             raise Unexpressed(f"embed is '{value['kind']}', not 'held-tokens' or 'held-factorised'")
         found["position_biased_input"] = value["positions"]["kind"] == "learned"
         found["type_vocab_size"] = value["segments"] if isinstance(value["segments"], int) else 0
-        if "width" in value:
+        if value.get("width") is not None:
             found["embedding_size"] = value["width"]
 
     def stack(self, options: Options) -> dict[str, Any]:

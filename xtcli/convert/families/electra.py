@@ -61,7 +61,7 @@ def _embedding(options: Options) -> dict[str, Any]:
 def _dump_embedding(value: Any, found: dict[str, Any]) -> None:
     if value["kind"] not in ("tokens", "factorised"):
         raise Unexpressed(f"is '{value['kind']}', not 'tokens' or 'factorised'")
-    found["embedding_size"] = value.get("width", found["hidden_size"])
+    found["embedding_size"] = value.get("width") or found["hidden_size"]
     dump(EMBEDDING, value, found, "model.embed")
 
 
@@ -228,7 +228,7 @@ def _ties(config: Any, prefix: str) -> Mapping[str, str]:
 
 
 def _dead(config: Any) -> Shapes:
-    width = getattr(config.embed, "width", config.dim)
+    width = getattr(config.embed, "width", None) or config.dim
     absolute = config.embed.positions.kind == "learned"
     return {} if absolute else {"embeddings.position_embeddings.weight": (config.context, width)}
 

@@ -16,7 +16,7 @@ from xtcli.convert.families import bert
 from xtcli.convert.families.bert import DIM, DROPOUT, POOLER, TIED
 from xtcli.convert.families.common import LABELS, PROBLEM, TWO_OUTPUTS, activation, counts_up, is_zero, pad, undropped
 from xtcli.convert.family import Drop, Family, Form, Shapes
-from xtcli.convert.options import Custom, Key, Options
+from xtcli.convert.options import Custom, Key, Options, Unexpressed
 from xtcli.convert.rules import Rule, layer, one
 from xtcli.registry import Config
 
@@ -39,6 +39,11 @@ def _write_length(value: Any, found: dict[str, Any]) -> None:
         found |= {"use_tpu_fourier_optimizations": True, "tpu_short_seq_length": value}
 
 
+def _write_width(value: Any, found: dict[str, Any]) -> None:
+    if value not in (None, found["hidden_size"]):
+        raise Unexpressed(f"is {value}, and the token table is as wide as the model, {found['hidden_size']}")
+
+
 def _template(form: Form) -> dict[str, Any]:
     return {
         "kind": "encoder",
@@ -51,7 +56,7 @@ def _template(form: Form) -> dict[str, Any]:
         "init": {"kind": "normal", "std": Key("initializer_range", float, 0.02)},
         "embed": {
             "kind": "factorised",
-            "width": DIM,
+            "width": Custom(lambda options: None, _write_width),
             "project_after": "norm",
             "project_bias": True,
             "positions": {"kind": "learned"},

@@ -57,7 +57,7 @@ def _embed(options: Options) -> dict[str, Any]:
 
 def _write_embed(value: Any, found: dict[str, Any]) -> None:
     found["trigram_input"] = value["kind"] == "trigram"
-    found["embedding_size"] = value.get("width", found[DIM.name])
+    found["embedding_size"] = value.get("width") or found[DIM.name]
     found["type_vocab_size"], found["hidden_dropout_prob"] = value["segments"], value["dropout"]
     _write_norm(value["norm"], found)
 
