@@ -82,11 +82,11 @@ def _steps(k, v, w, real, opens, row, t, tokens, c, WIDTH: tl.constexpr, REAL: t
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    k, v, decay, bonus, n, d, m, real, opens, y, last_n, last_d, last_m, states, tokens, size,
+    k, v, decay, bonus, n, d, m, real, opens, y, last_n, last_d, last_m, all_n, all_d, all_m, tokens,
     WIDTH: tl.constexpr, REAL: tl.constexpr, OPENS: tl.constexpr, KEEP: tl.constexpr, TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y and the last state; or, to KEEP, the states before each token (3, B, T, C) and the last one."""
+    """y and the last state; or, to KEEP, the states before all tokens and the last one."""
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < WIDTH
@@ -102,9 +102,9 @@ def _forward(  # type: ignore[no-untyped-def]
         now_n, now_d, now_m = _onto(on, off, top, aged, now_n, now_d, now_m)
         at, seen = (row * tokens + t)[:, None] * WIDTH + c[None, :], (t < tokens)[:, None] & inside[None, :]
         if KEEP:
-            tl.store(states + at, now_n, mask=seen)
-            tl.store(states + size + at, now_d, mask=seen)
-            tl.store(states + 2 * size + at, now_m, mask=seen)
+            tl.store(all_n + at, now_n, mask=seen)
+            tl.store(all_d + at, now_d, mask=seen)
+            tl.store(all_m + at, now_m, mask=seen)
         else:
             there = _there(real, row, t, tokens, REAL)
             key, value = _pair(k, v, row * tokens, t, c, there, WIDTH)
@@ -118,15 +118,15 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _slopes(  # type: ignore[no-untyped-def]
-    dy, k, v, u, states, size, real, row, t, tokens, c, WIDTH: tl.constexpr, REAL: tl.constexpr
+    dy, k, v, u, all_n, all_d, all_m, real, row, t, tokens, c, WIDTH: tl.constexpr, REAL: tl.constexpr
 ):  # fmt: skip
     """Of tokens t: k, v, the state before, and the gradients of y's numerator and denominator with their exponent."""
     there = _there(real, row, t, tokens, REAL)
     key, value = _pair(k, v, row * tokens, t, c, there, WIDTH)
     at, seen = (row * tokens + t)[:, None] * WIDTH + c[None, :], there & (c < WIDTH)[None, :]
-    n = tl.load(states + at, mask=seen, other=0.0)
-    d = tl.load(states + size + at, mask=seen, other=0.0)
-    m = tl.load(states + 2 * size + at, mask=seen, other=NOTHING)
+    n = tl.load(all_n + at, mask=seen, other=0.0)
+    d = tl.load(all_d + at, mask=seen, other=0.0)
+    m = tl.load(all_m + at, mask=seen, other=NOTHING)
     _, above, below, exponent = _join(m, n, d, m, 0.0, value, 1.0, key + u[None, :])
     on = tl.load(dy + at, mask=seen, other=0.0) / below
     off = -on * above / below
@@ -135,8 +135,8 @@ def _slopes(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    dy, dn, dd, k, v, decay, bonus, n, d, m, real, opens, states, last_m, dk, dv, ddecay, dbonus, first_n, first_d,
-    tokens, size, WIDTH: tl.constexpr, REAL: tl.constexpr, OPENS: tl.constexpr, TOKENS: tl.constexpr,
+    dy, dn, dd, k, v, decay, bonus, n, d, m, real, opens, all_n, all_d, all_m, last_m, dk, dv, ddecay, dbonus, first_n,
+    first_d, tokens, WIDTH: tl.constexpr, REAL: tl.constexpr, OPENS: tl.constexpr, TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
@@ -153,7 +153,7 @@ def _backward(  # type: ignore[no-untyped-def]
         # Gradients of the states after tokens t, from -1 on: what comes before the first token.
         t = (count - 1 - tile) * TOKENS - 1 + tl.arange(0, TOKENS)
         there, key, value, now_n, now_d, now_m, a, b, exponent = _slopes(
-            dy, k, v, u, states, size, real, row, t + 1, tokens, c, WIDTH, REAL
+            dy, k, v, u, all_n, all_d, all_m, real, row, t + 1, tokens, c, WIDTH, REAL
         )
         goes_on = _goes_on(opens, row, t + 1, tokens, OPENS)
         stays = goes_on & there
@@ -162,7 +162,7 @@ def _backward(  # type: ignore[no-untyped-def]
         aged, after_n, after_d, after_m = tl.associative_scan(steps, 0, _join, reverse=True)
         after_n, after_d, after_m = _onto(on, off, top, aged, after_n, after_d, after_m)
         there, key, value, now_n, now_d, now_m, a, b, exponent = _slopes(
-            dy, k, v, u, states, size, real, row, t, tokens, c, WIDTH, REAL
+            dy, k, v, u, all_n, all_d, all_m, real, row, t, tokens, c, WIDTH, REAL
         )
         alone, weight = tl.exp(key + u[None, :] + exponent), tl.exp(key + after_m)
         here = alone * (value * a + b)
@@ -184,15 +184,15 @@ def _backward(  # type: ignore[no-untyped-def]
 def _run(
     k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, state: State, real: Tensor | None, opens: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """y, or to keep them the numerators, denominators and exponents before all tokens; and the last state."""
     batch, tokens, width = k.shape
-    made = k.new_empty((3, *k.shape) if keep else k.shape)
-    last = [torch.empty_like(one) for one in state]
+    made, last = [torch.empty_like(k) for _ in range(3 if keep else 1)], [torch.empty_like(one) for one in state]
     _forward[(triton.cdiv(width, CHANNELS), batch)](
-        k, v, decay, bonus, *state, real, opens, made, *last, made, tokens, k.numel(), WIDTH=width,
+        k, v, decay, bonus, *state, real, opens, made[0], *last, *(made if keep else 3 * made), tokens, WIDTH=width,
         REAL=real is not None, OPENS=opens is not None, KEEP=keep, TOKENS=TOKENS, CHANNELS=CHANNELS,
     )  # fmt: skip
-    return made, last[0], last[1], last[2]
+    return made, last
 
 
 def forward(
@@ -201,7 +201,8 @@ def forward(
     """`forward` of parts/wkv.py."""
     k, v, decay, bonus, n, d, m = (x.contiguous() for x in (k, v, decay, bonus, *state))
     real, opens = (None if x is None else x.contiguous() for x in (real, opens))
-    return _run(k, v, decay, bonus, (n, d, m), real, opens, False)
+    (y,), (n, d, m) = _run(k, v, decay, bonus, (n, d, m), real, opens, False)
+    return y, n, d, m
 
 
 def backward(
@@ -211,13 +212,13 @@ def backward(
     """`backward` of parts/wkv.py."""
     dy, dn, dd, k, v, decay, bonus, n, d, m = (x.contiguous() for x in (dy, dn, dd, k, v, decay, bonus, *state))
     real, opens = (None if x is None else x.contiguous() for x in (real, opens))
-    states, _, _, last_m = _run(k, v, decay, bonus, (n, d, m), real, opens, True)
+    states, (_, _, last_m) = _run(k, v, decay, bonus, (n, d, m), real, opens, True)
     batch, tokens, width = k.shape
     dk, dv, first_n, first_d = (torch.empty_like(x) for x in (k, v, n, d))
     ddecay, dbonus = k.new_empty(batch, width), k.new_empty(batch, width)
     _backward[(triton.cdiv(width, CHANNELS), batch)](
-        dy, dn, dd, k, v, decay, bonus, n, d, m, real, opens, states, last_m, dk, dv, ddecay, dbonus, first_n, first_d,
-        tokens, k.numel(), WIDTH=width, REAL=real is not None, OPENS=opens is not None, TOKENS=TOKENS,
+        dy, dn, dd, k, v, decay, bonus, n, d, m, real, opens, *states, last_m, dk, dv, ddecay, dbonus, first_n,
+        first_d, tokens, WIDTH=width, REAL=real is not None, OPENS=opens is not None, TOKENS=TOKENS,
         CHANNELS=CHANNELS,
     )  # fmt: skip
     return dk, dv, ddecay.sum(0), dbonus.sum(0), first_n, first_d
