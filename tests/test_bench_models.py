@@ -96,6 +96,12 @@ def test_random_batches_repeat_and_fit_the_heads(name: str) -> None:
     assert all(count > 0 for count in batch.supervised().values())
 
 
+def test_images_count_by_their_places() -> None:
+    model = skeleton(load_preset("vit-gpt2-captioner", tiny=True))
+    places = model.encoder.embed.places
+    assert places != 12 and stepping.random_batch(model, 2, 12, 1).tokens == 2 * (places + 12)
+
+
 def test_labels_shift_only_for_a_causal_model() -> None:
     model = skeleton(load_preset("gpt2-nano", tiny=True))
     batch = stepping.random_batch(model, 1, 5, 0)

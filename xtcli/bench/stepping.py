@@ -102,7 +102,8 @@ def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:
     accepted = signature(model.hidden).parameters
     blanks = model.blank(rows, length)
     inputs = {name: _normal(rng, blank.shape) for name, blank in blanks.items() if blank.is_floating_point()}
-    lengths = (places_of(model) or length) if inputs else 0
+    # What an encoder sees instead of a text has as many places as it has.
+    lengths = places_of(getattr(model, "encoder", model)) or length
     following = None
     if not inputs:
         inputs = {"input_ids": rng.integers(0, model.vocab, (rows, length))}
