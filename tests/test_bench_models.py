@@ -96,6 +96,14 @@ def test_random_batches_repeat_and_fit_the_heads(name: str) -> None:
     assert all(count > 0 for count in batch.supervised().values())
 
 
+@pytest.mark.parametrize(("name", "asked"), [("t5-small", 24), ("vit-gpt2-captioner", 24), ("gpt2-nano", 22)])
+def test_every_word_of_an_answer_is_asked_about(name: str, asked: int) -> None:
+    batch = stepping.random_batch(skeleton(load_preset(name, tiny=True)), 2, 12, 1)
+    assert batch.supervised() == {"lm": asked}
+    if "decoder_input_ids" in batch.inputs:
+        assert torch.equal(batch.targets["lm"][:, :-1], batch.inputs["decoder_input_ids"][:, 1:])
+
+
 def test_images_count_by_their_places() -> None:
     model = skeleton(load_preset("vit-gpt2-captioner", tiny=True))
     places = model.encoder.embed.places

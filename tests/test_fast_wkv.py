@@ -37,9 +37,8 @@ def test_kernels(
     real = flags((2, tokens), 0.7, 8) if padding else None
     opens = flags((2, tokens), 0.8, 9) if documents else None
     slopes = drawn(2, width, tokens, seed=10).transpose(1, 2), drawn(2, width, seed=11), drawn(2, width, seed=12)
-    given = [k, v, decay, bonus, state, real, opens]
-    exact: list[Any] = [x.double() for x in (*slopes, *given[:4])]
-    exact += [tuple(x.double() for x in state), real, opens]
+    given = [k, v, decay, bonus, *state, real, opens]
+    exact: list[Any] = [*(x.double() for x in (*slopes, k, v, decay, bonus, *state)), real, opens]
     # Exponents are as large as keys, and so are their last digits.
     close = {"rtol": 1e-5 * (10 + size), "atol": 1e-5 * (10 + size)}
 

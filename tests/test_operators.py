@@ -14,16 +14,10 @@ from torch import Tensor
 
 from xtcli.parts import ema, experts, lsh, scans, wkv
 
-OPERATORS = {
-    parts.__name__.rsplit(".", 1)[1]: [getattr(space, name).default for name in names.split()]
-    for parts, space, names in (
-        (ema, torch.ops.xt, "convolved convolved_backward"),
-        (experts, torch.ops.xtcli, "grouped_linear grouped_outer"),
-        (lsh, torch.ops.xt, "seeded"),
-        (scans, torch.ops.xt, "selective_scan selective_scan_backward"),
-        (wkv, torch.ops.xt, "wkv wkv_backward"),
-    )
-}
+PARTS = (ema, experts, lsh, scans, wkv)
+"""What registers them."""
+SPACES = dict.fromkeys(("grouped_linear", "grouped_outer"), torch.ops.xtcli)
+DIFFERENTIABLE = ("convolved", "selective_scan", "wkv", "grouped_linear")
 B, T, C, N = 2, 37, 6, 4
 
 # What each is given; where it can be left out, once with and once without.
@@ -57,15 +51,14 @@ def turned(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("operator", "given"),
     [
-        pytest.param(one, given, id=f"{one.name()}-{number}")
-        for operators in OPERATORS.values()
-        for one in operators
-        for number, given in enumerate(GIVEN[one.name().split("::")[1]])
+        pytest.param(getattr(SPACES.get(name, torch.ops.xt), name).default, given, id=f"{name}-{number}")
+        for name, several in GIVEN.items()
+        for number, given in enumerate(several)
     ],
 )
 def test_operators_say_what_they_give(operator: Any, given: list[Any], steps: Any) -> None:
     made = [steps(drawn(*x, seed=at)) if isinstance(x, tuple) else x for at, x in enumerate(given)]
-    differentiable = operator.name().split("::")[1] in ("convolved", "selective_scan", "wkv", "grouped_linear")
+    differentiable = operator.name().split("::")[1] in DIFFERENTIABLE
     if differentiable:
         made = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in made]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -107,8 +107,8 @@ def random_batch(model: Graph, rows: int, length: int, seed: int) -> Batch:
     following = None
     if not inputs:
         inputs = {"input_ids": rng.integers(0, model.vocab, (rows, length))}
-        ids, lengths = inputs["input_ids"], length
-        following = np.concatenate([ids[:, 1:], np.full((rows, 1), IGNORE)], 1)
+        if model.causal:
+            following = np.concatenate([inputs["input_ids"][:, 1:], np.full((rows, 1), IGNORE)], 1)
     if "decoder_input_ids" in accepted:
         following = rng.integers(0, model.vocab, (rows, length))
         start = model.config.start if model.config.start is not None else model.config.pad or 0
@@ -125,15 +125,11 @@ def _answers(
     model: Graph, ids: Array | None, following: Array | None, rng: np.random.Generator, size: tuple[int, int]
 ) -> dict[str, Array]:
     """What the heads must say: of the words that follow, of masked ones, of each text or place."""
-    known: dict[str, Array] = {}
-    if following is not None:
-        known |= dict.fromkeys(SPEAKING, following)
+    known: dict[str, Array] = {} if following is None else dict.fromkeys(SPEAKING, following)
     if ids is not None:
         masked = np.where(rng.random(size) < MASKED, ids, IGNORE)
         masked[:, 0] = ids[:, 0]
-        known |= {"mlm": masked, "nsp": rng.integers(0, 2, size[:1])}
-        if not model.causal and "decoder_input_ids" not in signature(model.hidden).parameters:
-            known |= dict.fromkeys(SPEAKING, masked)
+        known = dict.fromkeys(SPEAKING, masked) | known | {"mlm": masked, "nsp": rng.integers(0, 2, size[:1])}
     for name, head in model.heads.items():
         if isinstance(head, SequenceLabels) and head.problem in (None, "one") and len(head.classifier.weight) > 1:
             known[name] = rng.integers(0, len(head.classifier.weight), size[:1])

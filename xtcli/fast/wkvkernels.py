@@ -196,21 +196,22 @@ def _run(
 
 
 def forward(
-    k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, state: State, real: Tensor | None, opens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, n: Tensor, d: Tensor, m: Tensor, real: Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward` of parts/wkv.py."""
-    k, v, decay, bonus, n, d, m = (x.contiguous() for x in (k, v, decay, bonus, *state))
+    k, v, decay, bonus, n, d, m = (x.contiguous() for x in (k, v, decay, bonus, n, d, m))
     real, opens = (None if x is None else x.contiguous() for x in (real, opens))
     (y,), (n, d, m) = _run(k, v, decay, bonus, (n, d, m), real, opens, False)
     return y, n, d, m
 
 
 def backward(
-    dy: Tensor, dn: Tensor, dd: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, state: State,
-    real: Tensor | None, opens: Tensor | None,
+    dy: Tensor, dn: Tensor, dd: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, n: Tensor,
+    d: Tensor, m: Tensor, real: Tensor | None, opens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward` of parts/wkv.py."""
-    dy, dn, dd, k, v, decay, bonus, n, d, m = (x.contiguous() for x in (dy, dn, dd, k, v, decay, bonus, *state))
+    dy, dn, dd, k, v, decay, bonus, n, d, m = (x.contiguous() for x in (dy, dn, dd, k, v, decay, bonus, n, d, m))
     real, opens = (None if x is None else x.contiguous() for x in (real, opens))
     states, (_, _, last_m) = _run(k, v, decay, bonus, (n, d, m), real, opens, True)
     batch, tokens, width = k.shape

@@ -88,18 +88,6 @@ class _Chunks:
         return (self.step[:, :, at] * self.x[:, :, at])[..., None] * self.b[:, :, at, None, :]
 
 
-@torch.library.custom_op("xt::selective_scan", mutates_args=())
-def scan(
-    x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, C), the last state, and the state before each chunk (B, K, C, N)."""
-    if runs_on(x.device) and x.dtype == torch.float32:
-        from xtcli.fast import scankernels
-
-        return scankernels.forward(x, step, b, c, decay, state, opens, LENGTH)
-    return forward(x, step, b, c, decay, state, opens)
-
-
 def forward(
     x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,26 +118,6 @@ def _run(keeps: Tensor, adds: Tensor, begins: Tensor) -> None:
     for keep, now in zip(keeps, adds, strict=True):
         now.addcmul_(keep, before)
         before = now
-
-
-@torch.library.custom_op("xt::selective_scan_backward", mutates_args=())
-def scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    step: Tensor,
-    b: Tensor,
-    c: Tensor,
-    decay: Tensor,
-    begins: Tensor,
-    opens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, step, b, c, decay and the first state."""
-    if runs_on(x.device) and x.dtype == torch.float32:
-        from xtcli.fast import scankernels
-
-        return scankernels.backward(dy, dlast, x, step, b, c, decay, begins, opens, LENGTH)
-    return backward(dy, dlast, x, step, b, c, decay, begins, opens)
 
 
 def backward(
@@ -201,28 +169,40 @@ def backward(
     return made[0], made[1], made[2], made[3], ddecay, after.contiguous()
 
 
+scan = torch.library.custom_op("xt::selective_scan", forward, mutates_args=())
+scan_backward = torch.library.custom_op("xt::selective_scan_backward", backward, mutates_args=())
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of kernels, where it is for such inputs."""
+    if not runs_on(x.device) or x.dtype != torch.float32:
+        return None
+    from xtcli.fast import scankernels
+
+    return scankernels
+
+
+@scan.register_kernel("cuda")
+def _(x: Tensor, *given: Any) -> Any:
+    kernels = _kernels(x)
+    return kernels.forward(x, *given, LENGTH) if kernels else forward(x, *given)
+
+
+@scan_backward.register_kernel("cuda")
+def _(dy: Tensor, *given: Any) -> Any:
+    kernels = _kernels(dy)
+    return kernels.backward(dy, *given, LENGTH) if kernels else backward(dy, *given)
+
+
 @scan.register_fake
-def _(
-    x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, step: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: Tensor, opens: Any) -> tuple[Tensor, ...]:
     chunks = (x.shape[1] + LENGTH - 1) // LENGTH
     return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape[0], chunks, *decay.shape)
 
 
 @scan_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    step: Tensor,
-    b: Tensor,
-    c: Tensor,
-    decay: Tensor,
-    begins: Tensor,
-    opens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = [value.new_empty(value.shape) for value in (x, step, b, c, decay, dlast)]
-    return made[0], made[1], made[2], made[3], made[4], made[5]
+def _(dy: Tensor, dlast: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(value.new_empty(value.shape) for value in (*given[:5], dlast))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

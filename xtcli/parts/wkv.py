@@ -127,8 +127,7 @@ def _side_by_side(states: list[WkvState]) -> WkvState:
     return n, d, m
 
 
-@torch.library.custom_op("xt::wkv", mutates_args=())
-def _wkv(
+def forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
@@ -139,20 +138,9 @@ def _wkv(
     real: Tensor | None,
     opens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, T, C) and the last state."""
-    if runs_on(k.device) and k.dtype == torch.float32:
-        from xtcli.fast import wkvkernels
-
-        return wkvkernels.forward(k, v, decay, bonus, (n, d, m), real, opens)
-    return forward(k, v, decay, bonus, (n, d, m), real, opens)
-
-
-def forward(
-    k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, state: WkvState, real: Tensor | None, opens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, T, C) and the last state, in plain PyTorch."""
     chunks = _Chunks(k, v, decay, real, opens)
-    begins, last = chunks.begins(state)
+    begins, last = chunks.begins((n, d, m))
     now, made = _side_by_side(begins), []
     for at in range(chunks.length):
         key, value, aged = chunks.step(at)
@@ -164,44 +152,6 @@ def forward(
     return whole(torch.stack(made), k.shape[1]).contiguous(), n, d, m
 
 
-@_wkv.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    n: Tensor,
-    d: Tensor,
-    m: Tensor,
-    real: Tensor | None,
-    opens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return k.new_empty(k.shape), n.new_empty(n.shape), n.new_empty(n.shape), n.new_empty(n.shape)
-
-
-@torch.library.custom_op("xt::wkv_backward", mutates_args=())
-def _wkv_backward(
-    dy: Tensor,
-    dn: Tensor,
-    dd: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    n: Tensor,
-    d: Tensor,
-    m: Tensor,
-    real: Tensor | None,
-    opens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, w, u and the first n and d; dn, dd (B, C) are those of the last ones."""
-    if runs_on(k.device) and k.dtype == torch.float32:
-        from xtcli.fast import wkvkernels
-
-        return wkvkernels.backward(dy, dn, dd, k, v, decay, bonus, (n, d, m), real, opens)
-    return backward(dy, dn, dd, k, v, decay, bonus, (n, d, m), real, opens)
-
-
 def backward(
     dy: Tensor,
     dn: Tensor,
@@ -210,18 +160,20 @@ def backward(
     v: Tensor,
     decay: Tensor,
     bonus: Tensor,
-    state: WkvState,
+    n: Tensor,
+    d: Tensor,
+    m: Tensor,
     real: Tensor | None,
     opens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, w, u and the first n and d, in plain PyTorch.
+    """Gradients of k, v, w, u and the first n and d, in plain PyTorch; dn, dd (B, C) are those of the last ones.
 
     Of y_t's numerator and denominator they are a_t e^-o_t and -a_t y_t e^-o_t, with o_t their exponent; those of n and
     d are sums of these, which age as n and d do, and have the exponent g.
     """
     chunks = _Chunks(k, v, decay, real, opens)
     dys = chunked(dy, chunks.length)
-    begins, last = chunks.begins(state)
+    begins, last = chunks.begins((n, d, m))
     now = _side_by_side(begins)
     states, ons, offs, exponents = [], [], [], []
     for at in range(chunks.length):
@@ -246,37 +198,51 @@ def backward(
     ddecay, dbonus = torch.zeros_like(now[0]), torch.zeros_like(now[0])
     for at in reversed(range(chunks.length)):
         key, value, aged = chunks.step(at)
-        n, d, m = states[at]
+        now_n, now_d, now_m = states[at]
         self_weight, weight = torch.exp(key + bonus + exponents[at]), torch.exp(key + after[2])
         here = self_weight * (value * ons[at] + offs[at])
         dk[at] = here + weight * (value * after[0] + after[1])
         dv[at] = self_weight * ons[at] + weight * after[0]
         dbonus += here
-        ddecay += torch.exp(m + aged + after[2]) * (n * after[0] + d * after[1]) * chunks.there[at]
+        ddecay += torch.exp(now_m + aged + after[2]) * (now_n * after[0] + now_d * after[1]) * chunks.there[at]
         after = chunks.opened(joined(after, aged, ons[at], offs[at], exponents[at]), at)
-    tokens, scale = k.shape[1], torch.exp(first[2] + state[2])
+    tokens, scale = k.shape[1], torch.exp(first[2] + m)
     dk, dv = (whole(value, tokens).contiguous() for value in (dk, dv))
     dn, dd = (first[0] * scale).contiguous(), (first[1] * scale).contiguous()
     return dk, dv, ddecay.sum((0, 1)), dbonus.sum((0, 1)), dn, dd
 
 
+_wkv = torch.library.custom_op("xt::wkv", forward, mutates_args=())
+_wkv_backward = torch.library.custom_op("xt::wkv_backward", backward, mutates_args=())
+
+
+def _kernels(k: Tensor) -> Any:
+    """The module of kernels, where it is for such keys."""
+    if not runs_on(k.device) or k.dtype != torch.float32:
+        return None
+    from xtcli.fast import wkvkernels
+
+    return wkvkernels
+
+
+@_wkv.register_kernel("cuda")
+def _(k: Tensor, *given: Any) -> Any:
+    return (kernels.forward if (kernels := _kernels(k)) else forward)(k, *given)
+
+
+@_wkv_backward.register_kernel("cuda")
+def _(dy: Tensor, *given: Any) -> Any:
+    return (kernels.backward if (kernels := _kernels(dy)) else backward)(dy, *given)
+
+
+@_wkv.register_fake
+def _(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, *state: Any) -> tuple[Tensor, ...]:
+    return tuple(value.new_empty(value.shape) for value in (k, *state[:3]))
+
+
 @_wkv_backward.register_fake
-def _(
-    dy: Tensor,
-    dn: Tensor,
-    dd: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    n: Tensor,
-    d: Tensor,
-    m: Tensor,
-    real: Tensor | None,
-    opens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = [value.new_empty(value.shape) for value in (k, v, decay, bonus, n, d)]
-    return made[0], made[1], made[2], made[3], made[4], made[5]
+def _(dy: Tensor, dn: Tensor, dd: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(value.new_empty(value.shape) for value in given[:6])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -315,9 +281,3 @@ def wkv_steps(
         made.append(y)
         state = after
     return torch.stack(made, 1), state
-
-
-def no_wkv(batch: int, width: int, device: Any) -> WkvState:
-    """The state before the first token."""
-    zeros = torch.zeros(batch, width, device=device)
-    return zeros, zeros, torch.full_like(zeros, NOTHING)
