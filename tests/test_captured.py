@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xtcli.data.batch import Batch
-from xtcli.train.captured import USUAL, Captured, Recorded
+from xtcli.train.captured import USUAL, Captured, Recorded, first_of
 
 CPU = torch.device("cpu")
 
@@ -83,6 +83,20 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_on() -> None:
         assert float(passes(parts, {"lm": 2})[0]["lm"]) == pytest.approx(exact(parts, 2))
     (sentence,) = passes.said
     assert sentence.endswith("a pass waits for the GPU") and not passes.graphs
+
+
+def test_what_went_wrong_first_is_said() -> None:
+    """And not what the end of a broken recording says."""
+
+    def broken() -> None:
+        try:
+            raise RuntimeError("the compiler was called\nat length")
+        finally:
+            raise RuntimeError("operation failed due to a previous error")
+
+    with pytest.raises(RuntimeError, match="previous") as caught:
+        broken()
+    assert str(first_of(caught.value)).startswith("the compiler was called")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

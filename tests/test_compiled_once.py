@@ -19,17 +19,24 @@ from xtcli.train.device import Place
 
 CPU = Place(torch.device("cpu"), "CPU, 1 threads", "fp32")
 
+WHOLE = ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small"]
+BRIEF = ["mamba-130m", "mega-base-wikitext"]
+
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if shutil.which("c++") is None and shutil.which("g++") is None:
-        # What is counted is the same.
-        monkeypatch.setattr(transforms, "compile_blocks", partial(transforms.compile_blocks, backend="aot_eager"))
+        in_brief(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
     counters.clear()
+
+
+def in_brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make no code of what is compiled, which takes most of the time; what is counted is the same."""
+    monkeypatch.setattr(transforms, "compile_blocks", partial(transforms.compile_blocks, backend="aot_eager"))
 
 
 def graphs() -> int:
@@ -62,7 +69,10 @@ def test_blocks_that_are_computed_again_are_compiled_too() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("name", ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small", "mixtral-8x7b", "mamba-130m", "mega-base-wikitext"],
+)
 def test_nothing_is_compiled_after_the_second_step(name: str) -> None:
     bench = started(name, 2)
     for _ in range(2):

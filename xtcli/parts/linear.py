@@ -54,8 +54,8 @@ def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def exactly(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, products on the device of x keep the type of what they are given, whatever autocast is in force."""
-    kind = x.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    # Asked of the library whether it has autocast, the compiler would break off here, and begin anew in each step.
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class Table(nn.Embedding):

@@ -94,7 +94,7 @@ class Captured:
                 self.graphs[shape] = self.recorded(static, divisors)
             except RuntimeError as error:
                 # Out of memory among them: the graph keeps its own.
-                reason = str(error).splitlines()[0]
+                reason = str(first_of(error)).splitlines()[0]
                 end_recording(self.device)
                 torch.cuda.empty_cache()
         self.change.clear()
@@ -138,6 +138,13 @@ class Captured:
             self.talk(f"counters of products are cleared one by one, which is slower: {error}")
         graph.instantiate()
         return Recorded(graph, parts, counts, losses, norm, self.change.held())
+
+
+def first_of(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a broken recording raises an error of its own, which says nothing of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def end_recording(device: torch.device) -> None:
