@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,7 @@ def test_the_page_is_made_from_the_file(performed, tmp_path) -> None:
     assert "| Training |" in page and "Not measured: needs an NVIDIA GPU." in page
     assert "Without nanogpt: not given with --peers." in page
     assert torch.__version__ in page
+    assert f"; beside transformers {version('transformers')}." in page and "sdpa attention, AdamW fused" in page
     # The order is that of the cases, whatever was measured first.
     assert page.index("## Writing") < page.index("## Training")
     lines = page.splitlines()

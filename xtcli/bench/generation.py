@@ -17,7 +17,7 @@ import torch
 
 from xtcli.bench import results
 from xtcli.bench.asked import Asked, labels
-from xtcli.bench.peers import Peer, Unmatched, chosen
+from xtcli.bench.peers import Peer, Unmatched, chosen, versions
 from xtcli.bench.peers.exported import export
 from xtcli.bench.share import Share
 from xtcli.bench.timing import Clock, Times, clocked, release
@@ -77,6 +77,7 @@ def run(config: Config, place: Place, talk: Talk) -> dict[str, Any]:
         {"device": place.name, "dtype": config.dtype, "tokens_per_step": config.batch},
         {
             "resolved": {name: resolved.to_tree() for name, resolved in zip(names, presets, strict=True)},
+            "peers": versions(peers),
             "rows": rows,
         },
     )

@@ -290,13 +290,14 @@ def page(found: Mapping[str, Any]) -> str:
     for entry, title, tables in by_case(found):
         parts += [f"## {title}", f"    {entry['command']}"]
         if "result" in entry:
-            parts.append(_made_on(entry["result"]["environment"]))
+            parts.append(_made_on(entry["result"]))
         parts += [table.markdown() for table in tables]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _made_on(facts: Mapping[str, Any]) -> str:
-    """Device and versions, in a sentence."""
+def _made_on(result: Mapping[str, Any]) -> str:
+    """Device and versions, those of peers too, in a sentence."""
+    facts = result["environment"]
     devices = [str(device["name"]) for device in facts["devices"]]
     machine = devices[0] if devices else f"{facts['cpu']['name']}, {units.plural(facts['threads']['torch'], 'thread')}"
     packages = ", ".join(
@@ -305,4 +306,5 @@ def _made_on(facts: Mapping[str, Any]) -> str:
     cuda = f", CUDA {facts['cuda']}" if devices else ""
     name, *edited = str(facts.get("commit") or "").split("-", 1)
     commit = f", commit {name[:10]}{' with changes' if edited else ''}" if name else ""
-    return f"{machine}; {packages}{cuda}, Python {facts['python']}{commit}."
+    beside = ", ".join(f"{name} {version}" for name, version in result.get("peers", {}).items())
+    return f"{machine}; {packages}{cuda}, Python {facts['python']}{commit}{'; beside ' if beside else ''}{beside}."

@@ -16,7 +16,7 @@ import torch
 
 from xtcli.bench import results
 from xtcli.bench.asked import Asked, labels, one_place
-from xtcli.bench.peers import Peer, Unmatched, chosen
+from xtcli.bench.peers import Peer, Unmatched, chosen, versions
 from xtcli.bench.peers.exported import Exported, export
 from xtcli.bench.peers.stepped import Setting
 from xtcli.bench.share import Share
@@ -73,6 +73,7 @@ def run(config: Config, talk: Talk) -> dict[str, Any]:
         {"device": place.name, "dtype": place.precision, "tokens_per_step": tokens},
         {
             "resolved": {name: resolved.to_tree() for name, resolved in zip(names, presets, strict=True)},
+            "peers": versions(peers),
             "matmul": product,
             "block": block,
             "rows": rows,

@@ -12,6 +12,7 @@ by raising Unmatched; nothing is measured on another network in its place.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,14 @@ class Peer:
         """The module that runs it."""
         return importlib.import_module(f"{__name__}.{KNOWN[self.name].module}")
 
+    @property
+    def version(self) -> str | None:
+        """That of the package as it was installed; None for a copy, which has none."""
+        try:
+            return importlib.metadata.version(KNOWN[self.name].package or "")
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            return None
+
 
 def chosen(words: Sequence[str], use: Use) -> list[Peer]:
     """The peers that the words of `--against` name; raises UserError for what is unknown, missing or of no use here."""
@@ -80,6 +89,11 @@ def chosen(words: Sequence[str], use: Use) -> list[Peer]:
             raise refuse(f"{name} is not installed", known.remedy, place="--against")
         found.append(Peer(name))
     return found
+
+
+def versions(peers: Sequence[Peer]) -> dict[str, str]:
+    """The versions of those that are packages, for a result file."""
+    return {peer.name: peer.version for peer in peers if peer.version is not None}
 
 
 def _file(name: str, text: str) -> Path:

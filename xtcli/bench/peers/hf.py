@@ -63,8 +63,13 @@ def train(ours: Setting, given: Exported, compiled: bool, path: None) -> Stepped
         rate=ours.rate,
         clip=config.clip,
         amp=place.amp,
-        note=f"{described(place, compiled)}, AdamW fused",
+        note=f"{described(place, compiled)}, {attention_of(theirs)} attention, AdamW fused",
     )
+
+
+def attention_of(theirs: nn.Module) -> str:
+    """Which of its attentions a model runs: a class without PyTorch's fused one writes its scores out."""
+    return str(theirs.config._attn_implementation)  # type: ignore[union-attr]
 
 
 def arguments(batch: Batch, causal: bool) -> dict[str, Tensor]:
