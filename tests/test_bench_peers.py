@@ -169,9 +169,16 @@ def test_peers_that_are_not_there_are_refused(word: str, use: Any, message: str)
     assert message in str(caught.value)
 
 
-def test_a_file_that_is_no_such_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.py").write_text("class GPT: ...\n")
-    with pytest.raises(UserError, match="defines no GPTConfig"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class GPT: ...\n", "defines no GPTConfig"),
+        ("from no_such_module import GPT\n", "cannot be imported: No module named 'no_such_module'"),
+    ],
+)
+def test_a_file_that_is_no_such_model_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.py").write_text(text)
+    with pytest.raises(UserError, match=message):
         trained(f"nanogpt={tmp_path}", "gpt2-nano")
 
 

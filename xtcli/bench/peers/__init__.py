@@ -116,7 +116,10 @@ def load(path: Path, *needed: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their own module up.
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise refuse(f"'{path}' cannot be imported: {error}", "give the folder of the copy, or its model.py") from None
     missing = [word for word in needed if not hasattr(module, word)]
     if missing:
         raise refuse(f"'{path}' defines no {' and no '.join(missing)}", "is it the model.py of the project?")
