@@ -119,7 +119,8 @@ def test_a_tensor_in_two_shards(sources: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda src: None, "there is no folder"),
+        (lambda src: None, "there is no folder '.*src'; give a folder on this machine"),
+        (lambda src: src.with_name("srcs").mkdir(), "there is no folder '.*src'; did you mean '.*srcs'"),
         (lambda src: src.mkdir(), "has no config.json"),
         (lambda src: (src.mkdir(), (src / "config.json").write_text("[]")), "is no map"),
         (lambda src: (src.mkdir(), (src / "config.json").write_text('{"a": 1, "a": 2}')), "'a' stands twice"),
@@ -217,7 +218,7 @@ def test_the_command(sources: dict[str, Path], tmp_path: Path, capsys: Any, monk
     assert code == 0 and "bit-exact" in out and f"next: xt generate --ckpt {there}" in err
     code, out, err = run("auto", src, there)
     assert (code, out) == (2, "") and err == f"{there}: exists; choose another folder, or add --force to replace it\n"
-    code, out, err = run("gtp2", src, str(tmp_path / "x"))
+    code, out, err = run("gtp2", str(tmp_path / "nowhere"), str(tmp_path / "x"))
     listed = ", ".join(sorted({"auto", *by_name()}))
     assert code == 2 and err == f"xt: there is no family 'gtp2'; did you mean 'gpt2'? known: {listed}\n"
     code, out, err = run("auto", there, str(tmp_path / "back"), "--to", "hf")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_FAILURE = 1
 EXIT_USER = 2
@@ -60,6 +61,13 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     folded = {name.lower().replace("_", "").replace("-", ""): name for name in names}
     found = difflib.get_close_matches(word.lower().replace("_", "").replace("-", ""), folded, n=1, cutoff=0.6)
     return folded[found[0]] if found else None
+
+
+def meant(path: Path, beside: Iterable[Path], otherwise: str) -> str:
+    """A remedy: the one of the paths `beside` whose name is nearest, or `otherwise` when none is."""
+    names = {one.name: one for one in beside}
+    best = nearest(path.name, names)
+    return f"did you mean '{names[best]}'?" if best else otherwise
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from xtcli.config.preset import Resolved, load_preset
-from xtcli.errors import Problem, UserError, did_you_mean, nearest, refuse
+from xtcli.errors import Problem, UserError, did_you_mean, meant, refuse
 from xtcli.parts.graphs import Graph
 from xtcli.parts.scope import Refused
 from xtcli.registry import Config, part_of
@@ -122,9 +122,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if folder.exists():
         return locate(folder)
     beside = [entry for place in (folder.parent, Path("runs")) if place.is_dir() for entry in place.iterdir()]
-    names = {entry.name: str(entry) for entry in beside if entry.is_dir()}
-    near = nearest(folder.name, names)
-    remedy = f"did you mean '{names[near]}'?" if near else "name a folder that xt train or xt build made"
+    folders = (entry for entry in beside if entry.is_dir())
+    remedy = meant(folder, folders, "name a folder that xt train or xt build made")
     raise refuse("no such run or checkpoint", remedy, place=str(path))
 
 

@@ -32,7 +32,7 @@ from xtcli.convert.members import joined, split
 from xtcli.convert.members import settle as settle_members
 from xtcli.convert.options import Unexpressed, dump, settle
 from xtcli.convert.plan import Plan, make_plan
-from xtcli.convert.reading import CONFIG, no_family, read_config, read_json, skeleton
+from xtcli.convert.reading import CONFIG, read_config, read_json, skeleton
 from xtcli.convert.report import Report
 from xtcli.convert.same import difference, unlike
 from xtcli.convert.verify import Sides
@@ -161,9 +161,7 @@ def find_form(
     config: Any, family: str, before: Mapping[str, Any], place: str
 ) -> tuple[tuple[Family, Form], dict[str, Any]]:
     """The family and form that express a config tree, and the config.json that does; raises UserError if none can."""
-    families = [by_name()[family]] if family in by_name() else list(FAMILIES)
-    if family != "auto" and family not in by_name():
-        raise no_family(family)
+    families = list(FAMILIES) if family == "auto" else [by_name()[family]]
     origin = before.get("model_type")
     families = [f for f in families if origin in f.types] or families
     stated = (before.get("architectures") or [None])[0]

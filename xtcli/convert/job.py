@@ -11,12 +11,13 @@ from typing import Any
 
 from xtcli.convert.casts import Cast, parse
 from xtcli.convert.exports import export_checkpoint
+from xtcli.convert.families import by_name
 from xtcli.convert.imports import import_checkpoint
 from xtcli.convert.members import verified
-from xtcli.convert.reading import CONFIG
+from xtcli.convert.reading import CONFIG, no_family
 from xtcli.convert.report import Report
 from xtcli.convert.verify import Sides, compare
-from xtcli.errors import did_you_mean, refuse
+from xtcli.errors import meant, refuse
 from xtcli.runs.folder import MANIFEST, commit_folder
 
 PRESET = "preset.yaml"
@@ -36,11 +37,12 @@ def run(
     """See `xtcli.convert.convert`."""
     if to not in ("xt", "hf"):
         raise refuse(f"cannot convert to '{to}'", "give 'xt' or 'hf'", path="--to")
+    if family not in (*by_name(), "auto"):
+        raise no_family(family)
     if not src.is_dir():
-        near = [str(path) for path in src.parent.iterdir() if path.is_dir()] if src.parent.is_dir() else []
-        raise refuse(
-            f"there is no folder '{src}'", did_you_mean(str(src), near) if near else "give a folder on this machine"
-        )
+        beside = src.parent.iterdir() if src.parent.is_dir() else ()
+        folders = (path for path in beside if path.is_dir())
+        raise refuse(f"there is no folder '{src}'", meant(src, folders, "give a folder on this machine"))
     _check_target(src, dst, force)
     ours = (src / PRESET).exists() and not (src / CONFIG).exists()
     if to == "xt" and ours:

@@ -68,8 +68,6 @@ def find_family(name: str, values: Mapping[str, Any], place: str) -> Family:
                 f"model_type '{stated}' is no family that xt converts", did_you_mean(stated, known), place=place
             )
         return known[stated]
-    if name not in known:
-        raise no_family(name)
     family = known[name]
     if stated is not None and stated not in family.types:
         raise refuse(f"is of model_type '{stated}', not of family '{name}'", "use the family 'auto'", place=place)

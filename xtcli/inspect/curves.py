@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtcli.errors import did_you_mean, refuse
+from xtcli.errors import meant, refuse
 from xtcli.inspect import units
 from xtcli.runs.metrics import FILE, read_metrics
 from xtcli.train.curve import curve
@@ -43,8 +43,8 @@ def read(paths: Sequence[Path]) -> list[RunCurves]:
     for path in paths:
         if not (path / FILE).is_file():
             beside = path.parent if path.parent.is_dir() else Path()
-            runs = [str(item) for item in beside.iterdir() if (item / FILE).is_file()]
-            remedy = did_you_mean(str(path), runs) if runs else "give the folder of a run, as xt train printed it"
+            runs = (item for item in beside.iterdir() if (item / FILE).is_file())
+            remedy = meant(path, runs, "give the folder of a run, as xt train printed it")
             raise refuse(f"'{path}' is not a run: it has no {FILE}", remedy)
         records = read_metrics(path)
         training, bad_training = _points(records, "loss")
