@@ -158,6 +158,7 @@ def test_the_export_is_what_conversion_writes(tmp_path: Path) -> None:
         ("nanogp", "train", "there is no peer 'nanogp'; did you mean 'nanogpt'?"),
         ("nanogpt", "train", "nanogpt is no package; write nanogpt=PATH, the folder of a copy"),
         ("nanogpt=/nowhere", "train", "there is no file '/nowhere'"),
+        (f"nanogpt={Path(__file__).parents[1] / 'pyproject.toml'}", "train", "is no Python file"),
         (NANOGPT, "write", "nanogpt only is compared in training"),
         (GPT_FAST, "train", "gpt-fast only writes texts"),
         ("transformers=/x", "train", "transformers is a package and takes no path"),

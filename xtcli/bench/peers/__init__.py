@@ -104,6 +104,8 @@ def _file(name: str, text: str) -> Path:
     path = path / "model.py" if path.is_dir() else path
     if not path.is_file():
         raise refuse(f"there is no file '{path}'", f"give {name}=PATH, the folder of a copy", place="--against")
+    if path.suffix != ".py":
+        raise refuse(f"'{path}' is no Python file", f"give {name}=PATH, the folder of a copy", place="--against")
     return path
 
 
@@ -111,8 +113,7 @@ def load(path: Path, *needed: str) -> ModuleType:
     """The module in a file of the user's; raises UserError where it lacks a name that is needed."""
     name = f"{path.parent.name}_{path.stem}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise refuse(f"'{path}' is no Python file", place="--against")
+    assert spec is not None and spec.loader is not None, "the name of a peer's file ends in .py"
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their own module up.
     sys.modules[name] = module
