@@ -19,8 +19,8 @@ from xtcli.train.device import Place
 
 CPU = Place(torch.device("cpu"), "CPU, 1 threads", "fp32")
 
-WHOLE = ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small"]
-BRIEF = ["mamba-130m", "mega-base-wikitext"]
+WHOLE = ["gpt2-small", "tinyllama-1.1b"]
+BRIEF = ["bert-base", "t5-small", "mamba-130m", "mega-base-wikitext"]
 
 
 @pytest.fixture(autouse=True)
