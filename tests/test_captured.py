@@ -97,6 +97,8 @@ def test_what_went_wrong_first_is_said() -> None:
     with pytest.raises(RuntimeError, match="previous") as caught:
         broken()
     assert str(first_of(caught.value)).startswith("the compiler was called")
+    alone = RuntimeError("out of memory")
+    assert first_of(alone) is alone
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -94,7 +94,7 @@ class Captured:
                 self.graphs[shape] = self.recorded(static, divisors)
             except RuntimeError as error:
                 # Out of memory among them: the graph keeps its own.
-                reason = str(first_of(error)).splitlines()[0]
+                reason = str(first_of(error)).partition("\n")[0]
                 end_recording(self.device)
                 torch.cuda.empty_cache()
         self.change.clear()
@@ -140,11 +140,10 @@ class Captured:
         return Recorded(graph, parts, counts, losses, norm, self.change.held())
 
 
-def first_of(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a broken recording raises an error of its own, which says nothing of it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+def first_of(error: RuntimeError) -> RuntimeError:
+    """What broke a recording off: its end then raises an error of its own, which says nothing of it."""
+    before = error.__context__
+    return before if isinstance(before, RuntimeError) else error
 
 
 def end_recording(device: torch.device) -> None:
