@@ -69,11 +69,10 @@ def test_blocks_that_are_computed_again_are_compiled_too() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gpt2-small", "tinyllama-1.1b", "bert-base", "t5-small", "mixtral-8x7b", "mamba-130m", "mega-base-wikitext"],
-)
-def test_nothing_is_compiled_after_the_second_step(name: str) -> None:
+@pytest.mark.parametrize("name", WHOLE + BRIEF)
+def test_nothing_is_compiled_after_the_second_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in BRIEF:
+        in_brief(monkeypatch)
     bench = started(name, 2)
     for _ in range(2):
         bench.step()

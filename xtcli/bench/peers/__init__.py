@@ -63,9 +63,10 @@ class Peer:
     @property
     def version(self) -> str | None:
         """That of the package as it was installed; None for a copy, which has none."""
+        package = KNOWN[self.name].package
         try:
-            return importlib.metadata.version(KNOWN[self.name].package or "")
-        except (importlib.metadata.PackageNotFoundError, ValueError):
+            return None if package is None else importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
             return None
 
 
